@@ -1,0 +1,35 @@
+# `make demo` and `make test` each do all set-up on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint bench clean
+
+# torch first and pinned, so that nothing drags in another build
+.venv/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch hatchling editables
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[demo,test,dev]'
+	@# Peers, for tests and benches. Without their dependencies: memcnn asks for tensorboard and torchvision.
+	$(BIN)/python -m pip install --quiet --no-deps memcnn==1.5.2 revlib==1.7.2 revtorch==0.2.4
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/revhooks demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python bench/coupling_chain.py
+	$(BIN)/python bench/fixed_cost.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

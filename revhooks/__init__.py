@@ -1,0 +1,55 @@
+"""Train deep nets without storing their activations: ``with revhooks.reversible():``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "reversible": ".context",
+    "register": ".registry",
+    "unregister": ".registry",
+    "registered": ".registry",
+    "invertible": ".registry",
+    "check": ".checking",
+    "CheckResult": ".checking",
+}
+_SUBMODULES = ("errors", "functional", "nn", "record")
+
+__all__ = [
+    "CheckResult",
+    "check",
+    "errors",
+    "functional",
+    "invertible",
+    "nn",
+    "record",
+    "register",
+    "registered",
+    "reversible",
+    "unregister",
+]
+
+if TYPE_CHECKING:
+    from . import errors, functional, nn, record
+    from .checking import CheckResult, check
+    from .context import reversible
+    from .registry import invertible, register, registered, unregister
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use (PEP 562)."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,261 @@
+"""``check()``: does a module invert, and is its gradient the same under ``reversible()``?"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .context import reversible
+from .errors import RegistrationError, RevhooksError, explain
+from .generators import RngTracker
+from .nn.coupling import Coupling
+from .registry import Registration, lookup
+from .runtime.guard import relative_error, tolerance
+from .runtime.interpose import branches_of
+
+__all__ = ["CheckResult", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `check` found; truthy when all is well.
+
+    Attributes:
+        subject: the module's class.
+        inverse_error: relative L2 error of ``inverse(forward(x))``; of the worst block inside where the module itself
+            has no inverse.
+        gradient_error: largest relative L2 error of a gradient under ``reversible()`` against plain autograd.
+        evaluations: for each branch, how often one step calls it: 1 in plain autograd, 2 when it is rebuilt at no
+            extra cost.
+        deterministic: whether two forward calls from the same state agree bit by bit.
+        problems: what is wrong, in words.
+    """
+
+    subject: str
+    inverse_error: float
+    gradient_error: float
+    evaluations: dict[str, int] = field(default_factory=dict)
+    deterministic: bool = True
+    problems: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether all is well."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        calls = sorted(set(self.evaluations.values()))
+        rows = [
+            ("inverse error", f"{self.inverse_error:.2g}"),
+            ("gradient error", f"{self.gradient_error:.2g}"),
+            (
+                "evaluations",
+                f"{' to '.join(str(n) for n in (calls[:1] + calls[-1:] if len(calls) > 1 else calls)) or '-'} a branch",
+            ),
+            ("deterministic", "yes" if self.deterministic else "no"),
+        ]
+        head = f"{self.subject}: {'ok' if self else 'not ok'}"
+        return "\n".join([head, *(f"  {name:<15} {value}" for name, value in rows), *(f"  ! {p}" for p in self.problems)])
+
+
+def check(module: nn.Module, *args: Any, **kwargs: Any) -> CheckResult:
+    """Try a module on an input: its inverse, its gradients, how often it calls its branches.
+
+    Works on copies: the module, its buffers, its gradients and the global generators are left as they are.
+
+    Args:
+        module: a registered block, or a model that contains some.
+        *args: its inputs, tensors of any shape and floating dtype first.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A `CheckResult`, truthy when all is well.
+
+    Raises:
+        RegistrationError: nothing in the module can be inverted.
+
+    Example:
+        >>> from revhooks import nn as rnn
+        >>> block = rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1).double()
+        >>> result = check(block, torch.randn(3, 4).double())
+        >>> bool(result), result.evaluations
+        (True, {'f': 2, 'g': 2})
+    """
+    if not any(_registration(block) is not None for block in module.modules()):
+        raise RegistrationError(
+            explain(
+                type(module).__name__,
+                expected="a registered block, or a model that contains one",
+                got="no module with a registered inverse",
+                remedy="revhooks.register(cls, inverse=...)",
+            )
+        )
+    tracker = RngTracker()
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    state = tracker.capture(device)
+    try:
+        return _Check(module, args, kwargs, state.restore).run()
+    finally:
+        state.restore()
+
+
+def _registration(module: nn.Module) -> Registration | None:
+    marked = getattr(type(module).forward, "__revhooks__", None)
+    return marked if marked is not None else lookup(type(module))
+
+
+class _Check:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reset: Callable[[], None]) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.reset = reset  # the generators
+        self.problems: list[str] = []
+
+    def run(self) -> CheckResult:
+        plain, expected = self._step(self._copy(), None)
+        again, _ = self._step(self._copy(), None)
+        deterministic = all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+        if not deterministic:
+            self.problems.append("two calls from the same state differ: a replay cannot repeat them exactly")
+        bound = max([tolerance(t.dtype)[0] for t in plain], default=0.0)
+        inverse_error = self._inverse_error(bound)
+        copied = self._copy()
+        evaluations = self._count_calls(copied)
+        gradient_error = float("inf")
+        try:
+            _, got = self._step(copied, "off")
+            gradient_error = max((relative_error(g, e) for g, e in zip(got, expected, strict=True)), default=0.0)
+        except RevhooksError as error:
+            self.problems.append(str(error))
+        if not gradient_error <= 10 * bound:
+            self.problems.append(f"gradients differ by {gradient_error:.2g} (relative) from those of plain autograd")
+        self.problems.extend(f"branch {name} is called {n} times a step" for name, n in evaluations.items() if n > 2)
+        return CheckResult(
+            type(self.module).__name__, inverse_error, gradient_error, evaluations, deterministic, tuple(self.problems)
+        )
+
+    def _copy(self) -> nn.Module:
+        copied = copy.deepcopy(self.module)
+        copied.zero_grad()
+        return copied
+
+    def _step(self, module: nn.Module, guard: str | None) -> tuple[list[Tensor], list[Tensor]]:
+        """One step, all blocks released; outputs, and gradients of inputs and parameters."""
+        self.reset()
+        args, kwargs = pytree.tree_map_only(Tensor, _leaf, (self.args, self.kwargs))
+        if guard is None:
+            outputs = _tensors(module(*args, **kwargs))
+        else:
+            with reversible(guard=guard) as run:
+                outputs = _tensors(module(*args, **kwargs))
+                run.release_newest()
+        weights = torch.Generator().manual_seed(0)
+        loss = sum(
+            (o.double() * torch.randn(o.shape, generator=weights, dtype=torch.float64).to(o.device)).sum() for o in outputs
+        )
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+        leaves = [*_tensors((args, kwargs)), *module.parameters()]
+        return [o.detach() for o in outputs], [leaf.grad if leaf.grad is not None else torch.zeros(()) for leaf in leaves]
+
+    def _inverse_error(self, bound: float) -> float:
+        entry = _registration(self.module)
+        if entry is None:
+            with reversible(guard="off") as run:
+                run.guard.mode = "measure"
+                self._measured(run)
+            return float(run.stats.worst_error)
+        with torch.no_grad():
+            output = self._call(self._pinned())
+            try:
+                error = self._invert(entry, self._pinned(), output)
+            except Exception as problem:
+                self.problems.append(f"its inverse raises {type(problem).__name__}: {problem}")
+                return float("inf")
+        if not error <= bound:
+            self.problems.append(f"inverse(forward(x)) is off by {error:.2g} (relative)")
+        return error
+
+    def _pinned(self) -> nn.Module:
+        """A copy whose branches draw the same numbers in every call: an inverse calls them in another order."""
+        module = self._copy()
+        for branch in _branches(module):
+            branch.__dict__["forward"] = _before(branch.forward, self.reset)
+        return module
+
+    def _measured(self, run: Any) -> None:
+        module = self._copy()
+        self.reset()
+        outputs = _tensors(module(*self.args, **self.kwargs))
+        run.release_newest()
+        sum(o.double().sum() for o in outputs).backward()  # type: ignore[union-attr]
+
+    def _call(self, module: nn.Module) -> Any:
+        return module(*pytree.tree_map_only(Tensor, torch.Tensor.clone, self.args), **self.kwargs)
+
+    def _invert(self, entry: Registration, module: nn.Module, output: Any) -> float:
+        inverse = entry.resolve(module)
+        spread = isinstance(entry.inverse, str) and isinstance(output, tuple)
+        outputs = output if spread else (output,)
+        counts = [len(outputs), 1] if len(outputs) > 1 else [1]
+        error = float("inf")
+        for count in counts:
+            result = inverse(*outputs, *self.args[count:], **self.kwargs)
+            results = result if isinstance(result, tuple) else (result,)
+            if len(results) == count and all(r.shape == a.shape for r, a in zip(results, self.args, strict=False)):
+                error = max(relative_error(r, a) for r, a in zip(results, self.args, strict=False))
+                break
+        return error
+
+    @staticmethod
+    def _count_calls(module: nn.Module) -> dict[str, int]:
+        names = {child: name for name, child in module.named_modules()}
+        branches = _branches(module)
+        evaluations = {names[branch]: 0 for branch in branches}
+
+        def count(name: str) -> Callable[[], None]:
+            def add() -> None:
+                evaluations[name] += 1
+
+            return add
+
+        for branch in branches:
+            branch.__dict__["forward"] = _before(branch.forward, count(names[branch]))
+        return evaluations
+
+
+def _branches(module: nn.Module) -> list[nn.Module]:
+    """The branches of all registered blocks in a module, each once."""
+    branches: dict[nn.Module, None] = {}
+    for block in module.modules():
+        if isinstance(block, Coupling):
+            branches.update(dict.fromkeys(step.branch for step in block.steps()))
+        elif _registration(block) is not None:
+            branches.update(dict.fromkeys(branches_of(block)))
+    return list(branches)
+
+
+def _before(forward: Callable[..., Any], action: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point()]

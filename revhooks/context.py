@@ -1,0 +1,95 @@
+"""``reversible()``: context manager and decorator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import nn as _layers  # noqa: F401 - registers the package's own layers
+from .errors import RegistrationError, explain
+from .registry import ACTIVE
+from .runtime.local import LOCAL
+from .runtime.plan import predicate
+from .runtime.run import Run
+
+__all__ = ["reversible"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_GUARDS = ("fallback", "raise", "off")
+
+
+class reversible:  # noqa: N801 - used as a function, like torch.no_grad
+    """Train with the memory of reversible blocks given back.
+
+    Inside, calls of registered blocks (`revhooks.register`, `revhooks.nn`) save nothing but what is needed to
+    reconstruct their activations in backward. Put it around forward, around forward and backward, or around a
+    whole training loop; or decorate a function or a forward method with it. Backward may run after it was left.
+
+    Args:
+        keep: blocks to leave as they are: a class, a tuple of classes, or a predicate of a module.
+        guard: what a reconstruction that is off does: ``"fallback"`` (mild: the block is kept from the next step on,
+            one warning; gross: raise), ``"raise"`` (both raise), ``"off"`` (nothing is checked).
+
+    Returns:
+        On entering a context, the run; ``run.stats`` is a `revhooks.record.Stats`.
+
+    Raises:
+        RegistrationError: ``guard`` or ``keep`` is none of the above.
+
+    Example:
+        >>> import torch
+        >>> from revhooks import nn as rnn
+        >>> branches = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(8)]
+        >>> model = rnn.ReversibleSequential(*branches, dim=-1)
+        >>> with reversible() as run:
+        ...     model(torch.randn(4, 16)).square().mean().backward()
+        >>> run.stats.peak_held_bytes < run.stats.packed_bytes
+        True
+    """
+
+    def __init__(self, *, keep: Any = (), guard: str = "fallback") -> None:
+        if guard not in _GUARDS:
+            raise RegistrationError(
+                explain("guard=", expected=f"one of {', '.join(map(repr, _GUARDS))}", got=repr(guard), remedy="pick one of these")
+            )
+        self._guard = guard
+        self._keep = predicate(keep, "keep") if keep else None
+        self._entered: list[tuple[saved_tensors_hooks, Any, Any]] = []
+
+    def __enter__(self) -> Run:
+        """Start a run; it is a scope of its own."""
+        run = Run(guard=self._guard, keep=self._keep)
+        hooks = saved_tensors_hooks(run.pack, run.unpack)
+        hooks.__enter__()
+        self._entered.append((hooks, ACTIVE.run, LOCAL.sink))
+        ACTIVE.run, LOCAL.sink = run, None
+        return run
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End the run; what it packed can still be unpacked."""
+        hooks, ACTIVE.run, LOCAL.sink = self._entered.pop()
+        hooks.__exit__(kind, error, trace)
+
+    def __call__(self, function: _F) -> _F:
+        """Decorate a function or method: each call is a run of its own."""
+        if isinstance(function, type) or not callable(function):
+            raise RegistrationError(
+                explain(
+                    "@reversible()", expected="a function or method", got=repr(function), remedy="decorate its forward method"
+                )
+            )
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with reversible(**self._options):
+                return function(*args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"keep": self._keep or (), "guard": self._guard}

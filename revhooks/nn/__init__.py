@@ -1,0 +1,9 @@
+"""Invertible layers. Each trains in plain autograd too; the runtime is never imported from here."""
+
+from ..registry import register
+from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
+from .sequential import ReversibleSequential
+
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleSequential", "Step"]
+
+register(Coupling, inverse="inverse")

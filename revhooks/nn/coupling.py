@@ -1,0 +1,271 @@
+"""Couplings: one stream changes by what a branch computes from the other.
+
+A coupling is told as *steps* (`Step`): which branch, from which stream, into which stream, by which law. Forward,
+inverse and the runtime's half-step rebuilding all read the same steps.
+
+References:
+    NICE (Dinh et al., 2014, arXiv:1410.8516), section 3.2.
+    The Reversible Residual Network (Gomez et al., 2017, arXiv:1707.04585), eq. 6-7.
+    Density estimation using Real NVP (Dinh et al., 2016, arXiv:1605.08803), eq. 7-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RevhooksError, ShapeError, explain
+from ..functional import ADDITIVE, Law, affine_law
+from ..storage import compact
+
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Step"]
+
+
+class Step(NamedTuple):
+    """``streams[target] = law.forward(streams[target], branch(streams[source], ...))``."""
+
+    branch: nn.Module
+    source: int
+    target: int
+    law: Law
+
+    def evaluate(self, source: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Call the branch; its result must be a tensor.
+
+        Raises:
+            ShapeError: the branch returned something else.
+        """
+        update = self.branch(source, *args, **kwargs)
+        if not isinstance(update, Tensor):
+            raise ShapeError(
+                explain(
+                    f"branch {type(self.branch).__name__}",
+                    expected="one tensor from it",
+                    got=type(update).__name__,
+                    remedy="wrap the branch so that it returns the tensor only",
+                )
+            )
+        return update
+
+    def apply(self, target: Tensor, update: Tensor) -> Tensor:
+        """The target stream after the step.
+
+        Raises:
+            ShapeError: the update does not fit the stream.
+        """
+        return self._fit(self.law.forward, target, update)
+
+    def undo(self, target: Tensor, update: Tensor) -> Tensor:
+        """The target stream before the step.
+
+        Raises:
+            ShapeError: the update does not fit the stream.
+        """
+        return self._fit(self.law.inverse, target, update)
+
+    def _fit(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
+        try:
+            result: Tensor = law(target, update)
+        except RevhooksError:
+            raise
+        except RuntimeError as error:
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            raise self._misfit(target, update) from error
+        if result.shape != target.shape:
+            raise self._misfit(target, update)
+        return result
+
+    def _misfit(self, target: Tensor, update: Tensor) -> ShapeError:
+        return ShapeError(
+            explain(
+                f"branch {type(self.branch).__name__}",
+                expected=f"an output that fits the stream of shape {tuple(target.shape)}",
+                got=f"shape {tuple(update.shape)}",
+                remedy="let the branch keep the stream's shape (an affine branch: twice its channels)",
+            )
+        )
+
+
+class Coupling(nn.Module):
+    """A chain of steps over two streams: the base of every coupling.
+
+    Subclasses define `steps`; the runtime rebuilds any of them one step at a time.
+
+    Args:
+        dim: the dimension along which the input is split into two streams.
+        sizes: the two sizes along ``dim``; equal halves when ``None``.
+    """
+
+    def __init__(self, *, dim: int = 1, sizes: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        if sizes is not None and (len(sizes) != 2 or min(sizes) < 1):
+            raise ShapeError(
+                explain(
+                    type(self).__name__,
+                    expected="sizes of two positive integers",
+                    got=repr(sizes),
+                    remedy="give the sizes of both streams along dim",
+                )
+            )
+        self.dim = dim
+        self.sizes = sizes
+
+    def steps(self) -> Sequence[Step]:
+        """The steps, in the order of forward."""
+        raise NotImplementedError
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Both streams of ``x``, each dense in memory.
+
+        Raises:
+            ShapeError: ``x`` cannot be split as the layer says.
+        """
+        if not isinstance(x, Tensor):
+            raise self._cannot_split("a tensor", type(x).__name__)
+        if not -x.dim() <= self.dim < x.dim():
+            raise self._cannot_split(f"a tensor that has dim {self.dim}", f"shape {tuple(x.shape)}")
+        width = x.shape[self.dim]
+        sizes = self.sizes or (width // 2, width - width // 2)
+        if self.sizes is None and width % 2:
+            raise self._cannot_split(f"an even size along dim {self.dim}", f"shape {tuple(x.shape)}")
+        if sum(sizes) != width:
+            raise self._cannot_split(f"{sum(sizes)} = {sizes[0]} + {sizes[1]} along dim {self.dim}", f"shape {tuple(x.shape)}")
+        return [compact(stream) for stream in x.split(sizes, self.dim)]
+
+    def _cannot_split(self, expected: str, got: str) -> ShapeError:
+        return ShapeError(
+            explain(type(self).__name__, expected=expected, got=got, remedy="choose dim= and sizes= to fit the input")
+        )
+
+    def join(self, streams: Sequence[Tensor]) -> Tensor:
+        """The output that carries both streams."""
+        return torch.cat(tuple(streams), self.dim)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run all steps; extra arguments go to every branch.
+
+        Args:
+            x: input of shape ``(*)`` with ``dim`` among its dimensions, any floating dtype.
+            *args: passed to every branch after its stream.
+            **kwargs: passed to every branch.
+
+        Returns:
+            The output, of the input's shape.
+
+        Raises:
+            ShapeError: the input cannot be split, or a branch's output does not fit its stream.
+        """
+        streams = self.split(x)
+        for step in self.steps():
+            update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
+            streams[step.target] = step.apply(streams[step.target], update)
+        return self.join(streams)
+
+    def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The input that `forward` maps to ``y``, given the same extra arguments.
+
+        Raises:
+            ShapeError: as in `forward`.
+        """
+        streams = self.split(y)
+        for step in reversed(self.steps()):
+            update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
+            streams[step.target] = step.undo(streams[step.target], update)
+        return self.join(streams)
+
+    def extra_repr(self) -> str:
+        """How the input is split."""
+        return f"dim={self.dim}" + (f", sizes={self.sizes}" if self.sizes else "")
+
+
+class AdditiveCoupling(Coupling):
+    """``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``: the RevNet block.
+
+    Args:
+        f: maps the second stream (and the extra arguments) to the shape of the first.
+        g: maps the first stream to the shape of the second.
+        dim: the dimension along which the input is split.
+        sizes: the two sizes along ``dim``; equal halves when ``None``.
+
+    Shape:
+        Input and output ``(*)``, equal; any number of dimensions, any floating dtype.
+
+    Raises:
+        ShapeError: shapes do not fit (on the call).
+
+    References:
+        Gomez et al., 2017, arXiv:1707.04585, eq. 6-7.
+
+    Example:
+        >>> block = AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1)
+        >>> x = torch.randn(3, 4)
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-6)
+        True
+    """
+
+    def __init__(self, f: nn.Module, g: nn.Module, *, dim: int = 1, sizes: tuple[int, int] | None = None) -> None:
+        super().__init__(dim=dim, sizes=sizes)
+        self.f = f
+        self.g = g
+
+    def law(self) -> Law:
+        """How a stream changes."""
+        return ADDITIVE
+
+    def steps(self) -> Sequence[Step]:
+        """First ``f`` into the first stream, then ``g`` into the second."""
+        law = self.law()
+        return Step(self.f, 1, 0, law), Step(self.g, 0, 1, law)
+
+
+class AffineCoupling(AdditiveCoupling):
+    """``y1 = x1 * factor(r1) + t1`` with ``r1, t1 = f(x2)``, and the same for ``y2`` from ``g(y1)``.
+
+    Args:
+        f: maps the second stream to twice the first along ``dim``: raw log-scales, then shifts.
+        g: maps the first stream to twice the second.
+        dim: the dimension along which the input is split.
+        sizes: the two sizes along ``dim``; equal halves when ``None``.
+        scale: ``"exp"``, ``"sigmoid"`` or ``"tanh"``: how raw log-scales become factors
+            (`revhooks.functional.affine_law`).
+
+    Shape:
+        Input and output ``(*)``, equal; any number of dimensions, any floating dtype.
+
+    Raises:
+        ShapeError: ``scale`` is unknown, or shapes do not fit (on the call).
+
+    References:
+        Dinh et al., 2016, arXiv:1605.08803, eq. 7-8.
+
+    Example:
+        >>> block = AffineCoupling(nn.Linear(2, 4), nn.Linear(2, 4), dim=-1)
+        >>> x = torch.randn(3, 4)
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        f: nn.Module,
+        g: nn.Module,
+        *,
+        dim: int = 1,
+        sizes: tuple[int, int] | None = None,
+        scale: str = "tanh",
+    ) -> None:
+        super().__init__(f, g, dim=dim, sizes=sizes)
+        affine_law(scale, dim)  # an unknown scale is refused here, not at the first call
+        self.scale = scale
+
+    def law(self) -> Law:
+        """How a stream changes."""
+        return affine_law(self.scale, self.dim)
+
+    def extra_repr(self) -> str:
+        """How the input is split, and the scale."""
+        return f"{super().extra_repr()}, scale={self.scale!r}"

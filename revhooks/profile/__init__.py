@@ -1,0 +1,1 @@
+"""Measuring a step: meters, and the tracker that makes a `revhooks.record.Report`."""

@@ -1,0 +1,1 @@
+"""Reports: they take records and print them; torch is not imported here."""

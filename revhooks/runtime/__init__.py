@@ -1,0 +1,1 @@
+"""What happens inside ``with reversible():``. Start with `run.Run`, then `frame.Frame`."""

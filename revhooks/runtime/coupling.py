@@ -1,0 +1,443 @@
+"""Frames of couplings, whose law the runtime knows: rebuilt one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..nn.coupling import Coupling, Step
+from ..storage import Held, compact, storage_key, version_of, version_probe
+from .branch import CallState, Slots
+from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Frame, Head, has_exact_zeros
+from .guard import Sample
+from .local import LOCAL
+from .plan import learn_writes_input, may_write_input, replays, use_replay
+from .value import Value, fetch, freed, modified, restride
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["CouplingFrame"]
+
+_EXACT = "the stream before a step: its inverse drifts, or it has exact zeros"
+
+
+class _Branch:
+    """One step of a coupling in one call.
+
+    A step that cannot be inverted keeps the stream before it (``target``); one that cannot be repeated keeps what it saved too.
+    """
+
+    __slots__ = (
+        "changed",
+        "first",
+        "glue",
+        "index",
+        "output",
+        "sample",
+        "slots",
+        "source",
+        "state",
+        "step",
+        "strides",
+        "target",
+        "wants_grad",
+        "why_kept",
+    )
+
+    def __init__(self, frame: CouplingFrame, index: int, step: Step, source: Tensor, target: Tensor) -> None:
+        self.index = index
+        self.step: Step = step
+        self.changed: set[int] = {step.target}  # streams
+        # whether what it changes is an input, as it came
+        self.first = all(step.target not in other.changed for other in frame.branches)
+        self.slots = Slots(frame, index)
+        self.glue = Slots(frame, index) if step.law.saves else None
+        self.state = CallState(frame, step.branch)
+        self.wants_grad = (source.requires_grad, target.requires_grad)
+        self.strides = (source.stride(), target.stride())
+        self.why_kept = ""
+        self.target: Held | None = None
+        self.source: Held | None = None  # a copy, where the branch changes its input in place
+        self.sample: Sample | None = None  # of the stream before the step
+        self.output: Sample | None = None  # of what the branch computed, where nothing is inverted that would show an error
+        if replays(frame.module, index) or (frame.is_chain and has_exact_zeros(target)):
+            self.target = Held(frame.run.ledger, target.detach())
+        elif not (self.first and frame.has_head) and (frame.ordinal + index + index // 2) % 2 == 0:  # either stream by turns
+            self.sample = frame.run.guard.sample(target)
+
+    def label(self, frame: CouplingFrame) -> str:
+        """How errors and warnings call it."""
+        names = (name for name, child in frame.module._modules.items() if child is self.step.branch)
+        return f"{frame.label}, step {self.index} ({next(names, type(self.step.branch).__name__)})"
+
+    def all_slots(self) -> tuple[Slots, ...]:
+        """Its own slots, and those of the law."""
+        return (self.slots,) if self.glue is None else (self.slots, self.glue)
+
+    @property
+    def live(self) -> bool:
+        return bool(self.slots.live) or (self.glue is not None and bool(self.glue.live))
+
+    def keep(self, why: str, target: Held) -> None:
+        """Stay as it is until backward."""
+        self.why_kept = why
+        self.target = target
+
+    def release(self) -> None:
+        """Let go of everything that it saved, unless it is kept."""
+        if not self.why_kept:
+            for slots in self.all_slots():
+                slots.release()
+
+
+class _Cursor:
+    """Streams as they were before step ``position``; a rebuild moves it towards 0."""
+
+    __slots__ = ("position", "streams", "transient")
+
+    def __init__(self, position: int, streams: list[Held], *, transient: bool) -> None:
+        self.position = position
+        self.streams = streams
+        self.transient = transient
+
+
+class CouplingFrame(Frame):
+    """A frame of a `Coupling`: a program of steps over two streams."""
+
+    module: Coupling
+
+    def __init__(self, run: Run, module: Coupling) -> None:
+        super().__init__(run, module)
+        self.branches: list[_Branch] = []
+        self.arguments: Arguments | None = None
+        self.output: Value | None = None
+        self.sizes: list[int] = []
+        self.is_chain = False
+        self._head: Head | None = None
+        self._head_streams: list[Tensor] | None = None
+        self._input_probe: Tensor | None = None  # where the streams share the input's memory
+        self._input_version = 0
+        self._input_key = 0
+        self._anchor: _Cursor | None = None  # of a long chain, whose older steps are released while it runs
+        self._cursor: _Cursor | None = None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its input is held, exact."""
+        return self._head is not None
+
+    # -- forward
+
+    def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the steps, each branch into its own slots."""
+        x, args, kwargs = _first_argument(args, kwargs)
+        streams = self.module.split(x)
+        self.begin(x.device)
+        self._open(x, streams)
+        if args or kwargs:
+            self.arguments = Arguments(self.run, args, kwargs)
+        steps = self.module.steps()
+        untouched = streams[-1].detach()  # of a block, what its first branch gets
+        self.is_chain = len(steps) > 2  # each step is what a block is elsewhere: kept until the next one opens
+        try:
+            for index, step in enumerate(steps):
+                if index and self.is_chain:
+                    self._release_before(index, streams)
+                self._forward_step(index, step, streams, args, kwargs)
+        finally:
+            LOCAL.sink = None
+        y = self.module.join(streams)
+        streams.clear()  # here is the peak of a forward: nothing may linger
+        self._take_input(x, untouched)
+        self.end([branch.state for branch in self.branches])
+        self._input_key = 0
+        if y.requires_grad:
+            self.output = Value(self.run, y, ANCHOR, self.label)
+        return y
+
+    def _open(self, x: Tensor, streams: list[Tensor]) -> None:
+        self.sizes = [stream.shape[self.module.dim] for stream in streams]
+        if self.link(x) is None:
+            self._head = Head(self.run, x)
+        self._input_key = storage_key(x)
+        if not x.is_inference() and any(storage_key(stream) == self._input_key for stream in streams):
+            self._input_probe, self._input_version = version_probe(x), x._version
+
+    def _forward_step(self, index: int, step: Step, streams: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source, target = streams[step.source], streams[step.target]
+        branch = _Branch(self, index, step, source, target)
+        self.branches.append(branch)
+        version = version_of(source)
+        before = source.detach().clone() if may_write_input(step.branch) else None
+        self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
+        LOCAL.sink = (branch.slots, self)
+        update = step.evaluate(source, target, args, kwargs)
+        branch.state.finish(self.moved)
+        LOCAL.sink = None if branch.glue is None else (branch.glue, self)
+        streams[step.target] = step.apply(target, update)
+        if branch.target is not None or (branch.first and self.has_head):
+            branch.output = self.run.guard.sample(update)
+        self._look_for_surprises(branch, target, before, written=version_of(source) != version)
+
+    def _look_for_surprises(self, branch: _Branch, target: Tensor, before: Tensor | None, *, written: bool) -> None:
+        """Keep a step that did what was not foreseen: it cannot be repeated."""
+        learn_writes_input(branch.step.branch, written)
+        if written:
+            branch.keep("it changes its input in place", self._hold(target.detach()))
+            branch.changed.add(branch.step.source)
+            if before is not None:
+                branch.source = self._hold(before)
+            if branch.source is not None and self._anchor is not None and self._anchor.position == branch.index:
+                self._anchor.streams[branch.step.source] = branch.source
+        elif not branch.state.foreseen:
+            branch.keep("it changed a parameter or buffer that it had not changed before", self._hold(target.detach()))
+        elif self.is_chain and not self.draws and self.surprised():
+            branch.keep(DREW, self._hold(target.detach()))
+
+    def _take_input(self, x: Tensor, untouched: Tensor) -> None:
+        """Hold the input as streams, of which the last is there already; its caller will let go of the joined one."""
+        for reference in self.inputs:
+            value = reference()
+            if value is not None and value.held:
+                first = x.detach().narrow(self.module.dim, 0, self.sizes[0])
+                value.take([compact(first), untouched], self.module.dim)
+                for branch in self.branches:  # what a branch changed in place, as it was
+                    places = {place for other in self.branches[: branch.index] for place in other.changed}
+                    if branch.source is not None and branch.step.source not in places:
+                        value.replace_piece(branch.step.source, branch.source)
+
+    def _release_before(self, position: int, streams: list[Tensor]) -> None:
+        """Inside a long chain: let go of the steps before ``position``, where the streams were these."""
+        for branch in self.branches[:position]:
+            branch.release()
+        self.packed.clear()
+        self._anchor = _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False)
+        self.release_inputs()
+
+    def _hold(self, stream: Tensor) -> Held:
+        return Held(self.run.ledger, stream)
+
+    def release(self) -> None:
+        """Let go of every step, if the output is what it was."""
+        if self.released or self.why_kept or self.output is None:
+            return
+        if not self.output.held or self.output.current_version != self.output.version:
+            self.keep("its output was changed in place")
+        elif not all(slots.intact() for branch in self.branches for slots in branch.all_slots()):
+            self.keep("a tensor that it saved was changed in place")
+        else:
+            self.released = True
+            for branch in self.branches:
+                branch.release()
+            self._anchor = None
+            self.release_inputs()
+
+    # -- backward
+
+    def sources(self) -> list[Value]:
+        """The output, unless the streams are at hand already."""
+        if self._cursor is not None or self._anchor is not None or self.output is None:
+            return []
+        return [self.output]
+
+    def rebuild(self, slots: Slots, *, transient: bool) -> None:
+        """Go back step by step, filling what handles may ask for."""
+        cursor = self._cursor
+        if cursor is not None and cursor.transient and not (transient and cursor.position > slots.position):
+            cursor = None
+        if cursor is None:
+            cursor = self._cursor = self._start(slots.position, transient=transient)
+        if cursor.position <= slots.position:
+            raise freed(self.label)
+        while cursor.position > slots.position:
+            self._undo(cursor, fill=not cursor.transient or cursor.position - 1 == slots.position)
+        self._finish(cursor)
+
+    def _start(self, position: int, *, transient: bool) -> _Cursor:
+        anchor = self._anchor
+        if anchor is not None and anchor.position > position:
+            for stream in anchor.streams:
+                if not stream.intact:
+                    raise modified(f"a stream of {self.label}", stream.tensor.shape, 0, version_of(stream.tensor))
+            cursor = _Cursor(anchor.position, list(anchor.streams), transient=transient)
+        else:
+            if self.output is not None:
+                fetch(self.output)
+            cursor = _Cursor(len(self.branches), self._output_streams(), transient=transient)
+        if not transient:
+            self._anchor = None
+            if self.released:
+                self.output = None  # used up: the cursor carries on
+        self.run.inversions.add(self)
+        return cursor
+
+    def _output_streams(self) -> list[Held]:
+        if self.output is None:
+            raise freed(self.label)
+        self.output.check_intact()
+        streams = self.output.streams(self.module.dim, self.sizes)
+        if streams is None:
+            streams = [self._hold(stream) for stream in self.module.split(self.output.tensor())]
+        return streams
+
+    def _finish(self, cursor: _Cursor) -> None:
+        """Go on to the input when no slot below is left to ask for it, and hand the input over."""
+        if any(branch.live for branch in self.branches[: cursor.position]):
+            return
+        if cursor.position and not any(value is not None and not value.held for value in self._waiting()):
+            return
+        while cursor.position:
+            self._undo(cursor, fill=False)
+        self._deliver(cursor)
+
+    def _waiting(self) -> list[Value | None]:
+        return [reference() for reference in self.inputs]
+
+    def _deliver(self, cursor: _Cursor) -> None:
+        for value in self._waiting():
+            if value is not None and not value.held:
+                value.receive(cursor.streams, self.module.dim)
+                if cursor.transient:
+                    self.run.purge_later(value)
+                else:
+                    value.consumer = None  # the anchor of what is before it from now on
+        if not cursor.transient:
+            cursor.streams = []
+
+    def forget_outputs(self) -> None:
+        """Every slot is there: the output is not needed (a long chain has its anchor)."""
+        self.output = None
+
+    def supply(self) -> None:
+        """Reconstruct the input and use nothing up."""
+        start = self._cursor or self._anchor
+        cursor = (
+            _Cursor(start.position, list(start.streams), transient=True)
+            if start is not None and start.streams
+            else _Cursor(len(self.branches), self._output_streams(), transient=True)
+        )
+        while cursor.position:
+            self._undo(cursor, fill=False)
+        for value in self._waiting():
+            if value is not None and not value.held:
+                value.receive(cursor.streams, self.module.dim)
+
+    def purge(self) -> None:
+        """Drop the cursor and the slots of one pass."""
+        if self._cursor is not None and self._cursor.transient:
+            self._cursor = None
+        for branch in self.branches:
+            for slots in branch.all_slots():
+                if slots.transient:
+                    slots.release()
+
+    def report(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Slots, streams before steps that drift, anchors, arguments."""
+        why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
+        for cursor in (self._cursor, self._anchor):
+            for anchor in cursor.streams if cursor is not None else ():
+                yield ANCHOR, self.label, anchor.tensor
+        if self._head is not None:
+            yield HEAD, self.label, self._head.report()
+        for tensor in self.arguments.tensors() if self.arguments is not None else ():
+            yield ARGUMENT, self.label, tensor
+        for branch in self.branches:
+            for stream in (branch.target, branch.source):
+                if stream is not None:
+                    yield branch.why_kept or _EXACT, self.label, stream.tensor
+            for slots in branch.all_slots():
+                for saved in slots.tensors:
+                    if saved is not None:
+                        yield branch.why_kept or why, self.label, saved
+
+    def _undo(self, cursor: _Cursor, *, fill: bool) -> None:
+        """One step back: one evaluation of its branch gives its slots and the stream before it."""
+        branch = self.branches[cursor.position - 1]
+        step = branch.step
+        source, target = cursor.streams[step.source].tensor, cursor.streams[step.target].tensor
+        self._check_input()
+        fill = fill and branch.live and not branch.why_kept
+        previous: Held | None = branch.target or self._from_head(branch)
+        if fill or previous is None:
+            branch.state.check(self.label)
+            update = self._evaluate(branch, source, target, fill=fill, transient=cursor.transient)
+            self.verify_replay(branch.output, update, lambda: branch.label(self))
+        if previous is None:
+            previous = self._hold(restride(self._under_modes(step.undo, target, update), branch.strides[1]))
+            self._guard(branch, previous.tensor)
+        if fill and branch.glue is not None and branch.glue.live:
+            self._refill_glue(branch, branch.glue, previous.tensor, update, transient=cursor.transient)
+        cursor.streams[step.target] = previous
+        if branch.source is not None:
+            cursor.streams[step.source] = branch.source
+        cursor.position -= 1
+        if not cursor.position:
+            self._head_streams = None
+
+    def _from_head(self, branch: _Branch) -> Held | None:
+        """The stream before a step that is the first to change it: at the head of a chain it is held."""
+        head = self._head.tensor if self._head is not None and branch.first else None
+        if head is None:
+            return None
+        if self._head_streams is None:
+            self._head_streams = self.module.split(head)
+        return self._hold(self._head_streams[branch.step.target])
+
+    def _under_modes(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
+        if self.modes is None:
+            return law(target, update)  # type: ignore[no-any-return]
+        with self.modes.restored():
+            return law(target, update)  # type: ignore[no-any-return]
+
+    def _evaluate(self, branch: _Branch, source: Tensor, target: Tensor, *, fill: bool, transient: bool) -> Tensor:
+        args, kwargs = self.arguments.again(self.label) if self.arguments is not None else ((), {})
+        source = restride(source, branch.strides[0]).detach().requires_grad_(fill and branch.wants_grad[0])
+
+        def call() -> Tensor:
+            return branch.step.evaluate(source, target, args, kwargs)
+
+        if not fill:
+            return branch.state.repeat(call, grad=False)
+        return branch.state.repeat(lambda: branch.slots.fill(call, transient=transient), grad=True)
+
+    def _refill_glue(self, branch: _Branch, glue: Slots, previous: Tensor, update: Tensor, *, transient: bool) -> None:
+        """Repeat the law, whose own ops saved tensors too."""
+        target = previous.detach().requires_grad_(branch.wants_grad[1])
+        update = update.detach().requires_grad_(update.requires_grad)
+
+        def call() -> Tensor:
+            return glue.fill(lambda: branch.step.apply(target, update), transient=transient)
+
+        branch.state.repeat(call, grad=True)
+
+    def _guard(self, branch: _Branch, previous: Tensor) -> None:
+        if branch.sample is None:
+            return
+        module, run = self.module, self.run
+
+        def fallback(error: float, *, below: bool) -> None:
+            use_replay(module, branch.index, branch.label(self), f"an error of {error:.2g}", warn=not below)
+            if below:
+                run.distrust(self, branch.index)
+
+        run.guard.check(branch.sample, previous, self.bounds(previous), lambda: branch.label(self), fallback, run.at_end)
+
+    def distrust(self, below: int | None = None) -> None:
+        """Keep every step (before ``below``) from the next call on."""
+        for branch in self.branches[:below]:
+            use_replay(self.module, branch.index, self.label, "", warn=False)
+
+    def _check_input(self) -> None:
+        probe = self._input_probe
+        if probe is not None and self.saves_input and probe._version != self._input_version:
+            raise modified(f"the input of {self.label}", probe.shape, self._input_version, probe._version)
+
+
+def _first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], tuple(args[1:]), kwargs
+    rest = dict(kwargs)
+    return rest.pop("x"), (), rest

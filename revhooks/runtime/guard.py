@@ -1,0 +1,179 @@
+"""The guard: checks what was reconstructed against a sample of what was there (Rule 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InversionError, ReplayError, explain
+from ..record import WorstError
+
+if TYPE_CHECKING:
+    from .plan import Fallback
+
+__all__ = ["Guard", "Sample", "relative_error", "tolerance"]
+
+SAMPLES = 256
+
+# Relative L2 error of a reconstruction: above the first the block falls back, above the second it is gross.
+_TOLERANCE = {
+    torch.float64: (1e-7, 1e-3),
+    torch.float32: (1e-3, 1e-1),
+    torch.float16: (2e-2, 3e-1),
+    torch.bfloat16: (5e-2, 3e-1),
+}
+_TOLERANCE[torch.complex128] = _TOLERANCE[torch.float64]
+_TOLERANCE[torch.complex64] = _TOLERANCE[torch.float32]
+
+
+def tolerance(dtype: torch.dtype) -> tuple[float, float]:
+    """The mild and the gross bound for streams computed in ``dtype``."""
+    return _TOLERANCE.get(dtype, (0.0, 0.0))
+
+
+def relative_error(rebuilt: Tensor, original: Tensor) -> float:
+    """Relative L2 error; 0 where the original is not finite, infinite where only the rebuilt is not.
+
+    Example:
+        >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+        0.0
+    """
+    if original.is_meta:
+        return 0.0
+    if original.is_complex():
+        original, rebuilt = torch.view_as_real(original), torch.view_as_real(rebuilt.to(original.dtype))
+    if original.dtype is not torch.float64:
+        original, rebuilt = original.double(), rebuilt.double()
+    original, difference = original.reshape(-1), (rebuilt - original).reshape(-1)
+    scale = float(original.dot(original))
+    if not math.isfinite(scale):
+        return 0.0
+    error = float(difference.dot(difference))
+    if not math.isfinite(error):
+        return math.inf
+    return math.sqrt(error / scale) if scale else math.sqrt(error)
+
+
+class Sample(NamedTuple):
+    """A few hundred elements of a tensor, by logical index."""
+
+    places: Tensor | None
+    values: Tensor
+
+
+class _Pending(NamedTuple):
+    rebuilt: Tensor
+    original: Tensor
+    bounds: tuple[float, float]
+    label: Callable[[], str]
+    fallback: Fallback | None  # None: nothing was inverted, the replay itself is checked
+
+
+class Guard:
+    """Samples, compares, remembers the worst, and decides between falling back and raising.
+
+    On a CPU an error is known at once. On an accelerator comparisons are kept and read once, at the end of
+    the backward pass, so that the hot path never waits for the device.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.worst = WorstError()
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._pending: list[_Pending] = []
+
+    def sample(self, tensor: Tensor) -> Sample | None:
+        """A copy of a few hundred elements, spread evenly; ``None`` when the guard is off."""
+        if self.mode == "off" or tensor.dtype not in _TOLERANCE or not tensor.numel() or tensor.is_meta:
+            return None
+        tensor = tensor.detach()
+        if tensor.numel() <= SAMPLES:
+            return Sample(None, tensor.clone())
+        index = self._index(tensor.numel(), tensor.device)
+        return Sample(index, tensor.take(index))
+
+    def _index(self, numel: int, device: torch.device) -> Tensor:
+        key = (numel, device)
+        if key not in self._indices:
+            spread = torch.linspace(0, numel - 1, SAMPLES, dtype=torch.float64, device="cpu").round().long()
+            self._indices[key] = spread.to(device)
+        return self._indices[key]
+
+    def matches(self, sample: Sample | None, tensor: Tensor, bounds: tuple[float, float]) -> bool:
+        """Whether ``tensor`` is what was sampled, up to the mild bound."""
+        if sample is None:
+            return True
+        values = tensor.detach() if sample.places is None else tensor.detach().take(sample.places)
+        return values.shape == sample.values.shape and relative_error(values, sample.values) <= bounds[0]
+
+    def check(
+        self,
+        sample: Sample | None,
+        rebuilt: Tensor,
+        bounds: tuple[float, float],
+        label: Callable[[], str],
+        fallback: Fallback | None,
+        defer: Callable[[Callable[[], None]], bool],
+    ) -> None:
+        """Compare a reconstruction, or without ``fallback`` a replay, with its sample.
+
+        Raises:
+            ReplayError: a replay computes something else than forward did.
+            InversionError: the error is gross, or past the tolerance with ``guard="raise"``.
+        """
+        if sample is None:
+            return
+        values = rebuilt.detach() if sample.places is None else rebuilt.detach().take(sample.places)
+        pending = _Pending(values, sample.values, bounds, label, fallback)
+        if rebuilt.device.type != "cpu":
+            self._pending.append(pending)
+            if len(self._pending) > 1 or defer(self.settle):
+                return
+            self._pending.pop()
+        self._judge(pending)
+
+    def settle(self) -> None:
+        """Read the comparisons that an accelerator has made."""
+        pending, self._pending = self._pending, []
+        for one in pending:
+            self._judge(one)
+
+    def _judge(self, pending: _Pending) -> None:
+        error = relative_error(pending.rebuilt, pending.original)
+        if pending.fallback is None:
+            self._judge_replay(pending, error)
+            return
+        if error > self.worst:
+            self.worst = WorstError(error, pending.label())
+        mild, gross = pending.bounds
+        if error <= mild or self.mode == "measure" or math.isinf(error):
+            # what overflowed cannot be rebuilt; its gradients are not finite, as in plain autograd
+            return
+        if error > gross or self.mode == "raise":
+            pending.fallback(error, below=True)
+            raise InversionError(
+                explain(
+                    pending.label(),
+                    expected=f"a reconstruction within {mild:g} of its input (relative)",
+                    got=f"{error:.2g}; the gradients of this step would be wrong",
+                    remedy="take the step again (this block and those before it are kept from now on), use a wider dtype "
+                    "for the streams, or exclude the block with keep=",
+                )
+            )
+        pending.fallback(error, below=False)
+
+    def _judge_replay(self, pending: _Pending, error: float) -> None:
+        if error <= 10 * pending.bounds[0] or self.mode == "measure" or math.isinf(error):
+            return
+        raise ReplayError(
+            explain(
+                f"replay of {pending.label()}",
+                expected="what its forward call computed",
+                got=f"something else (relative error {error:.2g})",
+                remedy="make it do the same in every call with the same input, or exclude the block with keep=",
+            )
+        )

@@ -1,0 +1,86 @@
+"""Handles: what stands in the graph in place of a saved tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from ..storage import Geometry
+from .value import Value, modified
+
+if TYPE_CHECKING:
+    from .branch import Slots
+    from .frame import Frame
+
+__all__ = ["Handle", "LeafHandle", "SlotHandle", "ViewHandle"]
+
+
+class Handle(Protocol):
+    """Gives the saved tensor back; its death frees what only it needed (Rule 5)."""
+
+    def get(self) -> Tensor:
+        """The saved tensor."""
+        ...
+
+
+class LeafHandle:
+    """A parameter, another leaf, a buffer, or a tensor that is left alone: passed through, version-checked."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+
+    def get(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            ModifiedError: it was modified in place since (Rule 8).
+        """
+        tensor = self._tensor
+        if tensor._version != self._version:
+            raise modified("a parameter, buffer or leaf", tensor.shape, self._version, tensor._version)
+        return tensor
+
+
+class SlotHandle:
+    """Slot ``index`` of a stretch of a frame."""
+
+    __slots__ = ("_frame", "_index", "_slots")
+
+    def __init__(self, frame: Frame, slots: Slots, index: int) -> None:
+        self._frame = frame
+        self._slots = slots
+        self._index = index
+
+    def __del__(self) -> None:
+        self._slots.kill(self._index)
+
+    def get(self) -> Tensor:
+        """The tensor in the slot; rebuilt when it is not there."""
+        frame, slots = self._frame, self._slots
+        if slots.tensors[self._index] is None:
+            return frame.run.rebuild(frame, slots, self._index)
+        if not frame.released:
+            frame.run.reading_kept(frame)
+        return slots.read(self._index)
+
+
+class ViewHandle:
+    """A view of a Value's memory."""
+
+    __slots__ = ("_geometry", "_value")
+
+    def __init__(self, value: Value, geometry: Geometry) -> None:
+        self._value = value
+        self._geometry = geometry
+
+    def get(self) -> Tensor:
+        """The view.
+
+        Raises:
+            ModifiedError: it was modified in place since (Rule 8).
+        """
+        return self._value.view(self._geometry)

@@ -1,0 +1,32 @@
+"""Where saved tensors go in this thread: to an open frame's slots, or to the run."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .branch import Slots
+    from .frame import Frame
+
+__all__ = ["LOCAL", "saving_to"]
+
+
+class _Local(threading.local):
+    sink: tuple[Slots, Frame] | None = None
+
+
+LOCAL = _Local()
+
+
+@contextlib.contextmanager
+def saving_to(slots: Slots, frame: Frame) -> Iterator[None]:
+    """Send what this thread saves into ``slots`` of ``frame``."""
+    before = LOCAL.sink
+    LOCAL.sink = (slots, frame)
+    try:
+        yield
+    finally:
+        LOCAL.sink = before

@@ -1,0 +1,288 @@
+"""A run: one use of ``reversible()``. It packs, unpacks, links frames and keeps the books."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from ..generators import RngTracker
+from ..nn.coupling import Coupling
+from ..record import Kept, Stats
+from ..registry import ACTIVE, Registration
+from ..storage import Geometry, Ledger, is_opaque, storage_key
+from .branch import Slots, is_leaf
+from .coupling import CouplingFrame
+from .frame import Frame
+from .guard import Guard
+from .handle import Handle, LeafHandle, ViewHandle
+from .local import LOCAL
+from .opaque import OpaqueFrame
+from .plan import Predicate
+from .tree import tensors_of
+from .value import Value
+
+__all__ = ["Run"]
+
+_TORCH = frozenset({"torch"})
+
+
+class Run:
+    """State of one ``with reversible():``.
+
+    Frames are held by handles in the graph, never by the run: nothing outlives the graph.
+    """
+
+    def __init__(self, *, guard: str = "fallback", keep: Predicate | None = None) -> None:
+        self.guard = Guard(guard)
+        self.ledger = Ledger()
+        self.rng = RngTracker()
+        self.marks: object = None  # where the generators were when a frame last looked
+        self.values: dict[int, weakref.ref[Value]] = {}
+        self.inversions = _Counter()
+        self.replays = _Counter()
+        self.second_evaluations = 0
+        self.observer: Callable[[int, bool], None] | None = None  # gets bytes as they are saved, and if in a frame
+        self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
+        self._keep = keep
+        self._count = 0
+        self._newest: weakref.ref[Frame] | None = None
+        self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._to_purge: list[weakref.ref[Any]] = []
+        self._task_with_callback = -1
+        self._name_of: Callable[[nn.Module], str] | None = None
+
+    # -- forward
+
+    def call(
+        self,
+        entry: Registration,
+        original: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a registered method inside a frame; plainly where there is nothing to save."""
+        if (
+            LOCAL.sink is not None
+            or not torch.is_grad_enabled()
+            or self._shadowed()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or (self._keep is not None and self._keep(module))
+            or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
+        ):
+            return original(module, *args, **kwargs)
+        self.release_newest()
+        self._count += 1
+        knows_law = isinstance(module, Coupling) and entry.cls is Coupling
+        frame: Frame = CouplingFrame(self, module) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
+        self._frames.add(frame)
+        result = frame.call(original, args, kwargs)
+        self._newest = weakref.ref(frame)
+        return result
+
+    def _shadowed(self) -> bool:
+        """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return hooks is None or hooks[0] != self.pack
+
+    def release_newest(self) -> None:
+        """Let go of what the newest frame saved, as the next one does when it opens."""
+        newest = self._newest() if self._newest is not None else None
+        if newest is not None:
+            newest.release()
+
+    def label(self, module: nn.Module) -> str:
+        """How errors, warnings and reports call a block."""
+        path = self._name_of(module) if self._name_of is not None else ""
+        return f"{path} ({type(module).__name__})" if path else f"block {self._count} ({type(module).__name__})"
+
+    def name_blocks(self, name_of: Callable[[nn.Module], str]) -> None:
+        """Call blocks by their module paths."""
+        self._name_of = name_of
+
+    def pack(self, tensor: Tensor) -> Handle:
+        """The pack hook."""
+        sink = LOCAL.sink
+        if sink is not None:
+            return sink[0].save(tensor, sink[1])
+        if is_opaque(tensor) or is_leaf(tensor):
+            return LeafHandle(tensor)
+        return self._pack_value(tensor)
+
+    def _pack_value(self, tensor: Tensor) -> Handle:
+        """A tensor saved outside any frame."""
+        value = self.found(tensor)
+        if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
+            place = self.place() if self.place is not None else "ordinary layers"
+            value = Value(self, tensor, "saved outside any registered block", place)
+            self._count_packed(value, tensor)
+            return value
+        self._count_packed(value, tensor)
+        geometry = Geometry.of(tensor)
+        return value if geometry == value.geometry else ViewHandle(value, geometry)
+
+    def _count_packed(self, value: Value, tensor: Tensor) -> None:
+        value.pin(tensor)
+        nbytes = value.count_packed(tensor)
+        if nbytes and self.observer is not None:
+            self.observer(nbytes, False)
+
+    @staticmethod
+    def unpack(handle: Handle) -> Tensor:
+        """The unpack hook."""
+        return handle.get()
+
+    def found(self, tensor: Tensor) -> Value | None:
+        """The Value that lies in the tensor's storage (Rule 3)."""
+        reference = self.values.get(storage_key(tensor))
+        return reference() if reference is not None else None
+
+    def output_value(self, tensor: Tensor) -> Value | None:
+        """The Value that ``tensor`` is, if it is a frame's output and nothing else needs it."""
+        value = None if is_opaque(tensor) else self.found(tensor)
+        if value is None or value.pinned or value.consumer is not None or value.dtype != tensor.dtype:
+            return None
+        if value.version != tensor._version or value.geometry != Geometry.of(tensor):
+            return None
+        return value if value.geometry.dense else None
+
+    # -- backward
+
+    def rebuild(self, frame: Frame, slots: Slots, index: int) -> Tensor:
+        """Fill a slot that was released, and read it."""
+        with self._lock, _Aside():
+            if slots.tensors[index] is None:
+                transient = _graph_is_retained()
+                if transient:
+                    self.purge_later(frame)
+                self._rebuild(frame, slots, transient=transient)
+            tensor = slots.read(index)
+            if _outside_backward():
+                self.purge()
+            return tensor
+
+    def _rebuild(self, frame: Frame, slots: Slots, *, transient: bool) -> None:
+        """Rebuild, and leave the generators where they are even if a branch seeds them."""
+        generators = self.rng.capture(frame.device, _TORCH)
+        try:
+            frame.rebuild(slots, transient=transient)
+        finally:
+            if generators.moved(self.rng.capture(frame.device, _TORCH)):
+                generators.restore()
+
+    def reading_kept(self, frame: Frame) -> None:
+        """Backward has come to a frame that was never released: it needs no output to be rebuilt from."""
+        if not _graph_is_retained():
+            frame.forget_outputs()
+
+    def purge_later(self, rebuilt: Frame | Value) -> None:
+        """Drop what was rebuilt when the present backward pass, whose graph is retained, has ended."""
+        self._to_purge.append(weakref.ref(rebuilt))
+        self.at_end(self.purge)
+
+    def at_end(self, callback: Callable[[], None]) -> bool:
+        """Call ``callback`` at the end of the present backward pass; ``False`` outside of one."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return False
+        if callback is self.purge:
+            if task == self._task_with_callback:
+                return True
+            self._task_with_callback = task
+        Variable._execution_engine.queue_callback(callback)
+        return True
+
+    def purge(self) -> None:
+        """Drop what was rebuilt for one pass only."""
+        pending, self._to_purge = self._to_purge, []
+        for reference in pending:
+            rebuilt = reference()
+            if isinstance(rebuilt, Frame):
+                rebuilt.purge()
+            elif rebuilt is not None:
+                rebuilt.release()
+
+    def distrust(self, frame: Frame, below: int) -> None:
+        """Invert neither the steps of ``frame`` before ``below`` nor any block before it from the next call on."""
+        for other in list(self._frames):
+            if other is frame:
+                other.distrust(below)
+            elif other.ordinal < frame.ordinal:
+                other.distrust(None)
+
+    # -- the books
+
+    @property
+    def ordinal(self) -> int:
+        """How many frames were opened."""
+        return self._count
+
+    @property
+    def stats(self) -> Stats:
+        """What the run did, and what it holds now."""
+        ledger = self.ledger
+        return Stats(
+            packed_bytes=ledger.peak_packed,
+            held_bytes=ledger.held,
+            peak_held_bytes=ledger.peak_held,
+            frames=self._count,
+            inversions=self.inversions.count,
+            replays=self.replays.count,
+            second_evaluations=self.second_evaluations,
+            worst_error=self.guard.worst,
+            kept=tuple(self._kept()),
+        )
+
+    def _kept(self) -> list[Kept]:
+        """What is held now, by reason and place, each storage once, largest first."""
+        holders: list[Frame | Value | None] = [*self._frames, *(reference() for reference in self.values.values())]
+        kept: dict[tuple[str, str], int] = {}
+        seen: set[int] = set()
+        for holder in holders:
+            for why, what, tensor in holder.report() if holder is not None else ():
+                if storage_key(tensor) not in seen:
+                    seen.add(storage_key(tensor))
+                    kept[why, what] = kept.get((why, what), 0) + tensor.untyped_storage().nbytes()
+        return [Kept(why, what, nbytes) for (why, what), nbytes in sorted(kept.items(), key=lambda item: -item[1])]
+
+
+class _Counter:
+    """Counts frames, each pass of each frame once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, frame: Frame) -> None:
+        self.count += 1
+
+
+class _Aside:
+    """While something is rebuilt: no frame opens, nothing is saved into one, no grad is recorded."""
+
+    __slots__ = ("_active", "_grad", "_sink")
+
+    def __enter__(self) -> None:
+        self._active, self._sink, self._grad = ACTIVE.run, LOCAL.sink, torch.is_grad_enabled()
+        ACTIVE.run, LOCAL.sink = None, None
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *_: object) -> None:
+        ACTIVE.run, LOCAL.sink = self._active, self._sink
+        torch._C._set_grad_enabled(self._grad)
+
+
+def _graph_is_retained() -> bool:
+    """Whether what is rebuilt now may be asked for again: retain_graph, or no backward at all."""
+    return _outside_backward() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _outside_backward() -> bool:
+    """Whether a saved tensor is read outside any backward pass."""
+    return torch._C._current_graph_task_id() == -1

@@ -1,0 +1,277 @@
+"""Values: tensors that somebody needs in backward, held or released."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import BackwardError, ModifiedError, explain
+from ..storage import Geometry, Held, reserve, storage_key, version_probe
+
+if TYPE_CHECKING:
+    from .frame import Frame
+    from .run import Run
+
+__all__ = ["Value", "fetch", "freed", "modified", "restride"]
+
+
+def freed(what: str) -> BackwardError:
+    """The error for what cannot be rebuilt because an earlier backward used it up."""
+    return BackwardError(
+        explain(
+            what,
+            expected="a tensor that is held or can be rebuilt",
+            got="one whose graph an earlier backward has freed",
+            remedy="pass retain_graph=True to the earlier backward",
+        )
+    )
+
+
+def modified(what: str, shape: Sequence[int], version: int, now: int) -> ModifiedError:
+    """The error for a saved tensor that was changed in place (Rule 8)."""
+    return ModifiedError(
+        explain(
+            f"one of the variables needed for gradient computation has been modified by an inplace operation ({what})",
+            expected=f"version {version} of a tensor of shape {tuple(shape)}",
+            got=f"version {now}",
+            remedy="use the out-of-place operation, or change it before forward or after backward",
+        )
+    )
+
+
+def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``tensor`` in the given strides; a copy only when it has others.
+
+    Strides whose elements overlap, as of an expanded tensor, are given back by expanding again.
+    """
+    if tensor.stride() == stride:
+        return tensor
+    if 0 in stride:
+        whole = [slice(0, 1) if not step else slice(None) for step in stride]
+        narrow = restride(tensor[tuple(whole)], tuple(step or 1 for step in stride))
+        return narrow.expand(tensor.size())
+    result = torch.empty_strided(tensor.size(), stride, dtype=tensor.dtype, device=tensor.device)
+    return result.copy_(tensor).data  # of version 0, as something new
+
+
+class Value:
+    """A block's output, or a tensor saved outside any block; of the latter also the handle.
+
+    It is *held* as one tensor or as the streams it was split into, or *released*; then ``consumer`` is the
+    frame that gives it back by inversion. Only what no handle needs is ever released: an inversion is not exact, and
+    some backwards ask for exact values (ReLU reads ``result > 0``, ``amax`` compares for equality). A frame
+    holds its outputs strongly and its inputs weakly, a Value holds its consumer strongly: so links run forward
+    only and nothing needs the garbage collector.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_dim",
+        "_geometry",
+        "_packed",
+        "_pieces",
+        "_probe",
+        "_reserved",
+        "_tensor",
+        "_tensor_key",
+        "_tensor_version",
+        "consumer",
+        "dtype",
+        "key",
+        "pinned",
+        "run",
+        "version",
+        "what",
+        "why",
+    )
+
+    def __init__(self, run: Run, tensor: Tensor, why: str, what: str) -> None:
+        detached = tensor.detach()  # Rule 2
+        self.run = run
+        self.key = key = storage_key(tensor)
+        self.version = tensor._version
+        self.dtype = tensor.dtype
+        self.why = why
+        self.what = what
+        self.consumer: Frame | None = None
+        self.pinned = False  # a handle needs it
+        self._packed = 0
+        self._tensor: Tensor | None = detached
+        self._tensor_version = self.version
+        self._geometry: Geometry | None = None
+        self._pieces: list[Held] | None = None
+        self._dim = 0
+        self._probe: Tensor | None = None
+        self._reserved: object = None
+        self._tensor_key = run.ledger.hold(detached)
+        run.values[key] = weakref.ref(self)
+
+    def __del__(self) -> None:
+        run = self.run
+        if self._tensor is not None:
+            run.ledger.drop(self._tensor_key)
+        run.ledger.packed -= self._packed
+        found = run.values.get(self.key)
+        if found is not None and found() in (None, self):  # a finalizer runs before weak references die
+            del run.values[self.key]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Size, stride and offset of the original."""
+        if self._geometry is None and self._tensor is not None:
+            self._geometry = Geometry.of(self._tensor)
+        return self._geometry  # type: ignore[return-value]
+
+    @property
+    def held(self) -> bool:
+        """Whether its elements are in memory."""
+        return self._tensor is not None or self._pieces is not None
+
+    @property
+    def current_version(self) -> int:
+        """The version that the memory it was made from has now."""
+        if self._probe is not None:
+            return self._probe._version
+        return self.version if self._tensor is None else self._tensor._version
+
+    def get(self) -> Tensor:
+        """As a handle: the tensor.
+
+        Raises:
+            ModifiedError: it was modified in place since (Rule 8).
+        """
+        return self.view(None)
+
+    def view(self, geometry: Geometry | None) -> Tensor:
+        """What a handle saw: the tensor, or a view of its memory with another geometry.
+
+        Raises:
+            ModifiedError: it was modified in place since (Rule 8).
+        """
+        if self.current_version != self.version:
+            raise modified(self.what, self.geometry.size, self.version, self.current_version)
+        tensor = self.tensor()
+        return tensor if geometry is None else torch.as_strided(tensor, *geometry)
+
+    def tensor(self) -> Tensor:
+        """The tensor, with its own strides.
+
+        Raises:
+            BackwardError: it is not held.
+        """
+        if self._tensor is None:
+            if self._pieces is None:
+                raise freed(self.what)
+            self.receive_tensor(torch.cat([piece.tensor for piece in self._pieces], self._dim))
+        return self._tensor  # type: ignore[return-value]
+
+    def streams(self, dim: int, sizes: Sequence[int]) -> list[Held] | None:
+        """The pieces, when it is held as pieces of these sizes along ``dim``."""
+        if self._pieces is None or self._dim != dim or [p.tensor.shape[dim] for p in self._pieces] != list(sizes):
+            return None
+        return list(self._pieces)
+
+    def check_intact(self) -> None:
+        """Raise if what it holds was modified in place, so that nothing can be rebuilt from it.
+
+        Raises:
+            ModifiedError: it was.
+        """
+        now = self._tensor_version if self._tensor is None else self._tensor._version
+        if now != self._tensor_version or not all(piece.intact for piece in self._pieces or ()):
+            raise modified(f"the output of {self.what}", self.geometry.size, self.version, now)
+
+    def count_packed(self, tensor: Tensor) -> int:
+        """Plain autograd would hold its storage; the bytes that this adds."""
+        if self._packed:
+            return 0
+        self._packed = tensor.untyped_storage().nbytes()
+        self.run.ledger.pack(self._packed)
+        return self._packed
+
+    def take(self, pieces: Sequence[Tensor], dim: int) -> None:
+        """A frame opens on it, split into ``pieces`` along ``dim``, which replace the tensor."""
+        self._detach_from_storage()
+        self.receive([Held(self.run.ledger, piece.detach()) for piece in pieces], dim)
+
+    def receive(self, pieces: Sequence[Held], dim: int) -> None:
+        """Hold these pieces: the tensor is their concatenation along ``dim``."""
+        self._drop_tensor()
+        self._pieces = list(pieces)
+        self._dim = dim
+
+    def replace_piece(self, place: int, piece: Held) -> None:
+        """Hold another tensor in place of one of the pieces."""
+        if self._pieces is not None:
+            self._pieces[place] = piece
+
+    def receive_tensor(self, tensor: Tensor) -> None:
+        """Hold this tensor, in the strides of the original."""
+        self._drop_tensor()
+        self._pieces = None
+        self._tensor = restride(tensor.detach(), self.geometry.stride)
+        self._tensor_version = self._tensor._version
+        self._tensor_key = self.run.ledger.hold(self._tensor)
+
+    def report(self) -> Iterator[tuple[str, str, Tensor]]:
+        """What it holds: why, of what, and the tensor."""
+        if self._tensor is not None:
+            yield self.why, self.what, self._tensor
+        for piece in self._pieces or ():
+            yield self.why, self.what, piece.tensor
+
+    def pin(self, tensor: Tensor) -> None:
+        """Hold it exactly, once, for a handle (DESIGN section 3); ``tensor`` lies in the same memory."""
+        if self._tensor is None:
+            self._pieces = None
+            self._tensor = torch.as_strided(tensor.detach(), *self.geometry)
+            self._tensor_version = self.version
+            self._tensor_key = self.run.ledger.hold(self._tensor)
+        self.pinned = True
+
+    def release(self) -> None:
+        """Let go of the memory, if a frame can give it back."""
+        if self.consumer is not None and not self.pinned and self.held:
+            self._detach_from_storage()
+            self._drop_tensor()
+            self._pieces = None
+
+    def _detach_from_storage(self) -> None:
+        """Keep the geometry, the version counter and the storage's key, so that the memory may go."""
+        if self._probe is None and self._tensor is not None:
+            self._geometry = Geometry.of(self._tensor)
+            self._probe = version_probe(self._tensor)
+            self._reserved = reserve(self._tensor)
+
+    def _drop_tensor(self) -> None:
+        if self._tensor is not None:
+            self.run.ledger.drop(self._tensor_key)
+            self._tensor = None
+
+
+def fetch(value: Value) -> None:
+    """Make sure that ``value`` is held: invert the frames after it, newest first, without recursion (Rule 4).
+
+    What was rebuilt on the way is let go of again; nothing that other handles need is consumed.
+    """
+    passed: list[Value] = []
+    stack = [value]
+    while stack:
+        wanted = stack[-1]
+        if wanted.held or wanted.consumer is None:
+            stack.pop()
+            continue
+        missing = [source for source in wanted.consumer.sources() if not source.held and source.consumer is not None]
+        if missing:
+            stack.extend(missing)
+            passed.extend(missing)
+            continue
+        wanted.consumer.supply()
+        stack.pop()
+    for other in passed:
+        if other is not value:
+            other.release()

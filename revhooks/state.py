@@ -1,0 +1,312 @@
+"""Capture and restore what a call depends on besides its arguments and generators (Rules 6 and 7).
+
+Autocast, the default device, parameters, and the buffers that a forward call changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _device
+
+__all__ = ["PLAIN", "Buffers", "Modes", "untouched"]
+
+
+# ------------------------------------------------------------------------------------------- modes
+
+
+class Modes:
+    """Autocast of the CPU and of the call's device, and the default device."""
+
+    __slots__ = ("_cache", "_default_device", "autocast")
+
+    def __init__(self, device: torch.device) -> None:
+        kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+        self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+        self._cache = torch.is_autocast_cache_enabled()
+        self._default_device = _device.CURRENT_DEVICE
+
+    @classmethod
+    def of_call(cls, device: torch.device) -> Modes | None:
+        """The modes now; ``None`` when none is set."""
+        if _device.CURRENT_DEVICE is None and not torch._C._is_any_autocast_enabled():
+            return None
+        return cls(device)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run in the modes that were captured."""
+        with contextlib.ExitStack() as stack:
+            wanted = dict(self.autocast)
+            for kind in {"cpu", *wanted} | ({"cuda"} if torch.cuda.is_initialized() else set()):
+                if kind in wanted or torch.is_autocast_enabled(kind):
+                    enabled = kind in wanted
+                    context = torch.autocast(kind, dtype=wanted.get(kind), enabled=enabled, cache_enabled=self._cache)
+                    stack.enter_context(context)
+            if self._default_device != _device.CURRENT_DEVICE:
+                stack.enter_context(self._default_device or torch.device("cpu"))
+            yield
+
+
+def _plain_modes() -> Modes:
+    modes = Modes(torch.device("cpu"))
+    modes.autocast, modes._cache, modes._default_device = (), True, None
+    return modes
+
+
+PLAIN = _plain_modes()
+
+
+# ----------------------------------------------------------------------------------------- buffers
+
+_Owner = dict[str, Tensor | None]  # a module's ``_parameters`` or ``_buffers``
+
+# Which buffers a module's forward changes, learned at its first call: module -> training -> names.
+_mutable: weakref.WeakKeyDictionary[nn.Module, dict[bool, frozenset[str]]] = weakref.WeakKeyDictionary()
+
+
+def _overwrites_unread(module: nn.Module) -> bool:
+    """Whether the module's statistics are written in this call and not read by it.
+
+    BatchNorm in training normalises with the batch's own statistics, and its kernel updates the running
+    ones without a version bump.
+    """
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
+class Buffers:
+    """The parameters and buffers of a call: what it changed, and what must not change until its replay.
+
+    Made before the call; `finish` after it says whether everything that moved was foreseen.
+    """
+
+    __slots__ = ("_before", "_copies", "_first", "_grads", "_owners", "_read", "_root", "_training", "_versions", "_written")
+
+    def __init__(self, root: nn.Module, keys: set[int]) -> None:
+        # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
+        self._owners: list[tuple[_Owner, list[Tensor | None]]] = []
+        # (owner, name, value before the call, the buffer): changed by the call and read by it
+        self._before: list[tuple[_Owner, str, Tensor, Tensor]] = []
+        # (owner, name): changed by the call, not read by it
+        self._written: list[tuple[_Owner, str]] = []
+        # modules whose buffers this call is the first to use: each with a copy and its version
+        self._first: list[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]]] = []
+        self._training: list[tuple[dict[str, Any], bool]] = []  # the mode of every module
+        self._root = weakref.ref(root)
+        seen = {root}
+        stack = [root]
+        while stack:
+            module = stack.pop()
+            attributes = module.__dict__
+            self._training.append((attributes, module.training))
+            if module._parameters:
+                owner: Any = module._parameters
+                self._owners.append((owner, list(owner.values())))
+            if module._buffers:
+                self._note_buffers(module, keys)
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        self._collect()
+        # a forward may write parameters past their version counters: look closely the first time, and ever after if it did
+        self._copies = [tensor.detach().clone() for tensor in self._read] if _writes.get(root, True) else []
+
+    def _collect(self) -> None:
+        self._read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
+        self._grads = [tensor.requires_grad for tensor in self._read]
+        self._versions = [tensor._version for tensor in self._read]
+
+    def _note_buffers(self, module: nn.Module, keys: set[int]) -> None:
+        owner: _Owner = module._buffers
+        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None]
+        for _, buffer in present:
+            _add_key(keys, buffer)
+        if _overwrites_unread(module):
+            self._written.extend((owner, name) for name, _ in present)
+            return
+        known = _mutable.get(module, {}).get(module.training)
+        if known is None:
+            self._first.append((module, {n: (b, b.detach().clone(), b._version) for n, b in present}))
+        elif known:
+            self._before.extend((owner, name, buffer.detach().clone(), buffer) for name, buffer in present if name in known)
+            self._owners.append((owner, [None if name in known else buffer for name, buffer in owner.items()]))
+        else:
+            unread = "num_batches_tracked" if isinstance(module, _NormBase) else ""  # in eval mode
+            self._owners.append((owner, [None if name == unread else buffer for name, buffer in owner.items()]))
+
+    def finish(self) -> bool:
+        """Learn what the call changed; ``False`` if it changed something that was not captured."""
+        root = self._root()
+        wrote = False
+        if self._copies and root is not None:
+            wrote = not all(map(_same, self._read, self._copies))
+            _writes[root] = wrote
+            self._copies = []
+        elif root is not None and root not in _writes:
+            _writes[root] = False
+        for module, copies in self._first:
+            owner: _Owner = module._buffers
+            moved = set()
+            for name, (buffer, copy, version) in copies.items():
+                if owner.get(name) is not buffer or buffer._version != version or not _same(buffer, copy):
+                    moved.add(name)
+                    self._before.append((owner, name, copy, buffer))
+            _mutable.setdefault(module, {})[module.training] = frozenset(moved)
+            self._owners.append((owner, [None if name in moved else buffer for name, buffer in owner.items()]))
+        if self._first:
+            self._first = []
+            versions = self._versions
+            self._collect()
+            return self._versions[: len(versions)] == versions and not wrote
+        if [tensor._version for tensor in self._read] == self._versions:
+            return not wrote
+        for owner, _ in self._owners:
+            _forget(owner)
+        return False
+
+    def add_moved(self, keys: set[int]) -> None:
+        """Add the storage keys of the buffers that the call changes: a replay has copies in their places."""
+        for owner, name in self._written:
+            _add_key(keys, owner[name])
+        for _, _, _, buffer in self._before:
+            _add_key(keys, buffer)
+
+    def modified(self) -> str | None:
+        """The name of a parameter or buffer that was changed in place since the call, if any."""
+        if [tensor._version for tensor in self._read] == self._versions:
+            return None
+        changed = [t for t, v in zip(self._read, self._versions, strict=True) if t._version != v]
+        names = (name for owner, _ in self._owners for name, tensor in owner.items() if tensor is changed[0])
+        return next(names, "one that was replaced")
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether every tensor that was read is still its module's."""
+        for owner, tensors in self._owners:
+            if len(owner) != len(tensors):
+                return False
+            for tensor, current in zip(tensors, owner.values(), strict=True):
+                if tensor is not current and tensor is not None:
+                    return False
+        return True
+
+    @property
+    def trivial(self) -> bool:
+        """Whether a replay has nothing to put back."""
+        return (
+            not self._before
+            and not self._written
+            and self._in_place
+            and [tensor.requires_grad for tensor in self._read] == self._grads
+            and all(attributes["training"] is training for attributes, training in self._training)
+        )
+
+    @contextlib.contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Put back what the call saw, and afterwards what is there now."""
+        modes = [(attributes, attributes["training"]) for attributes, _ in self._training]
+        for attributes, training in self._training:
+            attributes["training"] = training
+        swapped: list[tuple[_Owner, str, Tensor | None]] = []
+        for owner, tensors in self._owners:
+            for name, tensor in zip(list(owner), tensors, strict=False):
+                if tensor is not None and owner[name] is not tensor:
+                    swapped.append((owner, name, owner[name]))
+                    owner[name] = tensor
+        frozen = [t for t, grad in zip(self._read, self._grads, strict=True) if t.requires_grad is not grad]
+        for tensor in frozen:
+            tensor.requires_grad_(not tensor.requires_grad)
+        # the replay writes into copies: the buffers and their version counters stay as they are
+        now = [(owner, name, owner.get(name)) for owner, name in self._written]
+        now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
+        for owner, name, buffer in now[: len(self._written)]:
+            owner[name] = None if buffer is None else buffer.detach().clone()
+        for owner, name, before, _ in self._before:
+            owner[name] = before.clone()
+        try:
+            yield
+        finally:
+            for owner, name, buffer in now:
+                owner[name] = buffer
+            for tensor in frozen:
+                tensor.requires_grad_(not tensor.requires_grad)
+            for owner, name, current in swapped:
+                owner[name] = current
+            for attributes, training in modes:
+                attributes["training"] = training
+
+
+@contextlib.contextmanager
+def untouched(root: nn.Module) -> Iterator[None]:
+    """Try something on a module, and leave its parameters, buffers and attributes as they are."""
+    modules = list(root.modules())
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
+    owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
+    registered = [(owner, dict(owner)) for owner in owners]
+    own = [(module.__dict__, _snapshot(module.__dict__)) for module in modules]
+    try:
+        yield
+    finally:
+        for owner, before in registered:
+            owner.clear()
+            owner.update(before)
+        for tensor, copy, version in copies:
+            if tensor._version != version or not _same(tensor, copy):
+                _overwrite(tensor, copy)
+        for attributes, snapshot in own:
+            _put_back(attributes, snapshot)
+
+
+# What every module has, and what is handled by itself
+_STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
+
+# Whether a call of a module writes parameters past their version counters, learned at its first call
+_writes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """All attributes of its own, lists and dictionaries with their contents."""
+    return {
+        name: (value, value.copy() if isinstance(value, (list, dict, set)) else None)
+        for name, value in attributes.items()
+        if name not in _STANDARD
+    }
+
+
+def _put_back(attributes: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in attributes if name not in _STANDARD and name not in snapshot]:
+        del attributes[name]
+    for name, (value, contents) in snapshot.items():
+        attributes[name] = value
+        if isinstance(value, list):
+            value[:] = contents
+        elif contents is not None:
+            value.clear()
+            value.update(contents)
+
+
+def _add_key(keys: set[int], tensor: Tensor | None) -> None:
+    if tensor is not None and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+        keys.add(tensor.untyped_storage()._cdata)
+
+
+def _forget(owner: _Owner) -> None:
+    """Learn again at the next call what the owner of a surprising buffer changes."""
+    for module in [m for m in _mutable if m._buffers is owner]:
+        del _mutable[module]
+
+
+def _overwrite(buffer: Tensor, value: Tensor) -> None:
+    buffer.data.copy_(value)  # ``.data`` has a version counter of its own
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))

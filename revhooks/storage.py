@@ -1,0 +1,200 @@
+"""Identity of a tensor's memory, its geometry, and how many bytes are held.
+
+Identity is storage (Rule 3): never ``id()``, never ``data_ptr()``, never an attribute on the tensor.
+A storage's key is unique as long as the storage, or a weak reference to it, lives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+
+__all__ = [
+    "Geometry",
+    "Held",
+    "Ledger",
+    "compact",
+    "is_opaque",
+    "reserve",
+    "storage_key",
+    "version_of",
+    "version_probe",
+]
+
+
+class Geometry(NamedTuple):
+    """Where a strided tensor lies in its storage, in elements."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Geometry:
+        """The geometry of ``tensor``."""
+        return cls(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    @property
+    def interval(self) -> tuple[int, int]:
+        """First element of the storage that is touched, and one past the last."""
+        last = sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+        return self.offset, self.offset + last + 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether every element of the interval is touched, and touched once."""
+        expected = 1
+        for stride, size in sorted(zip(self.stride, self.size, strict=True)):
+            if size == 1:
+                continue
+            if stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The key of the tensor's storage: unique while the storage or a weak reference to it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def reserve(tensor: Tensor) -> StorageWeakRef:
+    """Keep the key of the tensor's storage from being reused, without keeping its memory."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether the tensor is left alone: a subclass, not strided, or a lazy conjugate or negative."""
+    kind = type(tensor)
+    return (
+        (kind is not Tensor and kind is not Parameter)
+        or tensor.layout is not torch.strided
+        or tensor.is_conj()
+        or tensor.is_neg()
+    )
+
+
+def version_probe(tensor: Tensor) -> Tensor:
+    """An empty tensor that shares the version counter of ``tensor`` and none of its memory.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> probe = version_probe(x)
+        >>> before = probe._version
+        >>> probe._version == before, x.add_(1) is x, probe._version == before + 1, probe.numel()
+        (True, True, True, 0)
+    """
+    probe = tensor.detach()
+    key = (tensor.dtype, tensor.device)
+    empty = _EMPTY.get(key)
+    if empty is None:
+        empty = _EMPTY[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    probe.data = empty  # swaps the memory and leaves the shared version counter in place
+    return probe
+
+
+_EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def version_of(tensor: Tensor) -> int:
+    """The tensor's version; 0 for an inference tensor, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """``tensor`` itself when contiguous, else a dense copy in its own memory order."""
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.preserve_format)
+
+
+class Ledger:
+    """Accounted bytes of a run, by unique storage.
+
+    Attributes:
+        held: bytes held for backward now.
+        peak_held: the most that was ever held at once.
+        packed: bytes that plain autograd would hold now.
+        peak_packed: the most that plain autograd would have held at once.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> x = torch.zeros(4)
+        >>> keys = [ledger.hold(x), ledger.hold(x[1:])]
+        >>> ledger.held
+        16
+        >>> for key in keys: ledger.drop(key)
+        >>> ledger.held, ledger.peak_held
+        (0, 16)
+    """
+
+    __slots__ = ("_entries", "held", "packed", "peak_held", "peak_packed")
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.peak_held = 0
+        self.packed = 0
+        self.peak_packed = 0
+        self._entries: dict[int, list[int]] = {}  # key -> references, bytes
+
+    def hold(self, tensor: Tensor) -> int:
+        """Count one more reference to the tensor's storage; returns its key, for `drop`."""
+        storage = tensor.untyped_storage()
+        key: int = storage._cdata
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry[0] += 1
+            return key
+        nbytes = storage.nbytes()
+        self._entries[key] = [1, nbytes]
+        self.held += nbytes
+        if self.held > self.peak_held:
+            self.peak_held = self.held
+        return key
+
+    def drop(self, key: int) -> None:
+        """Count one reference less; must be called while the tensor is alive."""
+        entry = self._entries[key]
+        if entry[0] > 1:
+            entry[0] -= 1
+        else:
+            del self._entries[key]
+            self.held -= entry[1]
+
+    def pack(self, nbytes: int) -> None:
+        """Plain autograd would hold so many bytes more."""
+        self.packed += nbytes
+        if self.packed > self.peak_packed:
+            self.peak_packed = self.packed
+
+
+class Held:
+    """A tensor that counts as held for as long as this object lives.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> held = Held(ledger, torch.zeros(4))
+        >>> ledger.held, held.tensor.numel()
+        (16, 4)
+        >>> del held
+        >>> ledger.held
+        0
+    """
+
+    __slots__ = ("_key", "_ledger", "_version", "tensor")
+
+    def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
+        self._ledger = ledger
+        self._version = version_of(tensor)
+        self.tensor = tensor
+        self._key = ledger.hold(tensor)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the tensor was not modified in place since it is held."""
+        return version_of(self.tensor) == self._version
+
+    def __del__(self) -> None:
+        self._ledger.drop(self._key)

@@ -1,0 +1,149 @@
+"""Depth: constant activation memory, no recursion, exact gradients."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import revhooks
+from revhooks import nn as rnn
+from revhooks.profile.meters import AccountedMeter
+from tests.conftest import compare, conv_branch, mlp, step
+
+
+def conv_chain(depth: int) -> nn.Module:
+    return nn.Sequential(*[rnn.AdditiveCoupling(conv_branch(6), conv_branch(6)) for _ in range(depth)])
+
+
+def activation_peak(model: nn.Module, x: torch.Tensor, *, reverse: bool) -> int:
+    """Peak of what a whole step makes, gradients of parameters allocated before."""
+
+    def one() -> None:
+        if reverse:
+            with revhooks.reversible():
+                model(x).square().mean().backward()
+        else:
+            model(x).square().mean().backward()
+
+    one()
+    with AccountedMeter() as meter:
+        one()
+    return meter.peak
+
+
+def test_held_after_forward_does_not_depend_on_depth() -> None:
+    x = torch.randn(4, 12, 16, 16)
+    held = {depth: step(conv_chain(depth), x, reverse=True).held_after_forward for depth in (8, 64)}
+    assert held[64] <= 1.02 * held[8]
+
+
+def test_peak_of_a_deep_net_is_that_of_one_plain_block() -> None:
+    """The issue's workload in small: the same ratios of tensors to each other."""
+    x = torch.randn(8, 12, 24, 24)
+    one_block = activation_peak(conv_chain(1), x, reverse=False)
+    assert activation_peak(conv_chain(64), x, reverse=True) <= 1.1 * one_block
+
+
+def test_peak_of_a_two_stream_chain() -> None:
+    x = torch.randn(8, 12, 24, 24)
+    one_block = activation_peak(conv_chain(1), x, reverse=False)
+    chain = rnn.ReversibleSequential(*[conv_branch(6) for _ in range(128)])
+    assert activation_peak(chain, x, reverse=True) <= 1.1 * one_block
+
+
+def test_gradients_at_depth_64_in_float64() -> None:
+    compare(conv_chain(64).double(), torch.randn(2, 12, 5, 5, dtype=torch.float64))
+
+
+def test_float32_drift_at_depth_64_is_reported() -> None:
+    rev = compare(conv_chain(64), torch.randn(2, 12, 8, 8), tol=2e-2)
+    assert rev.stats is not None
+    assert 0 < rev.stats.worst_error < 1e-3
+    assert "AdditiveCoupling" in rev.stats.worst_error.block
+
+
+@pytest.mark.parametrize("kind", ["couplings", "sequence"])
+def test_1500_blocks_without_recursion(kind: str, no_gc: None) -> None:
+    def fn() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        with torch.no_grad():
+            layer.weight.mul_(0.02)
+        return layer
+
+    if kind == "couplings":
+        model: nn.Module = nn.Sequential(*[rnn.AdditiveCoupling(fn(), fn(), dim=-1) for _ in range(1500)])
+    else:
+        model = rnn.ReversibleSequential(*[fn() for _ in range(3000)], dim=-1)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(300)
+    try:
+        x = torch.randn(2, 4, dtype=torch.float64)
+        model = model.double()
+        with revhooks.reversible() as run:
+            model(x).square().mean().backward()
+    finally:
+        sys.setrecursionlimit(limit)
+    got = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model(x).square().mean().backward()
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(got, want, strict=True))
+    assert run.stats.held_bytes == 0
+
+
+def test_1500_blocks_that_backward_never_reaches(no_gc: None) -> None:
+    """A graph that is dropped unused goes without recursion too."""
+    model = nn.Sequential(*[rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(1500)])
+    with revhooks.reversible() as run:
+        y = model(torch.randn(2, 4))
+        del y
+    assert run.stats.held_bytes == 0
+
+
+def test_reading_the_oldest_block_first_does_not_recurse() -> None:
+    blocks = [rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(1200)]
+    with torch.no_grad():
+        for block in blocks:
+            for p in block.parameters():
+                p.mul_(0.02)
+    model = nn.Sequential(*blocks).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with revhooks.reversible():
+        h = model[1](model[0](x))
+        first = h.square().mean()
+        out = model[2:](h)
+    grads = torch.autograd.grad(first, list(model[1].parameters()))
+    want = torch.autograd.grad(model[1](model[0](x)).square().mean(), list(model[1].parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(grads, want, strict=True))
+    del out
+
+
+def test_mixed_net() -> None:
+    """Stages with ordinary layers, pooling and a two-stream chain in between."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        conv_chain(4), nn.ReLU(), nn.MaxPool2d(2), conv_chain(3),
+        rnn.ReversibleSequential(*[conv_branch(6) for _ in range(5)]),
+        nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(12, 8), rnn.AdditiveCoupling(mlp(4), mlp(4)), nn.Linear(8, 5),
+    )  # fmt: skip
+    rev = compare(model.double(), torch.randn(3, 3, 8, 8, dtype=torch.float64))
+    assert rev.stats is not None
+    assert rev.stats.frames == 9
+
+
+def test_peak_under_a_head_is_that_of_one_plain_block() -> None:
+    """With a head that saves little the peak is inside the last block's forward, where every tensor counts."""
+    x = torch.randn(8, 12, 24, 24)
+
+    class Pooled(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).mean((2, 3))
+
+    one_block = activation_peak(Pooled(conv_chain(1)), x, reverse=False)
+    assert activation_peak(Pooled(conv_chain(8)), x, reverse=True) <= 1.1 * one_block
+    chain = rnn.ReversibleSequential(*[conv_branch(6) for _ in range(64)])
+    assert activation_peak(Pooled(chain), x, reverse=True) <= one_block

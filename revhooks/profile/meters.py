@@ -48,12 +48,6 @@ class AccountedMeter(TorchDispatchMode):
         self.timeline: list[int] = [0]
         self._known: dict[int, weakref.ref[Any]] = {}
 
-    def exclude(self, tensors: Sequence[Tensor]) -> None:
-        """Do not count the storages of these tensors."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known[storage._cdata] = weakref.ref(storage, self._forget(storage._cdata))
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op and count what it made."""
         for leaf in tree_leaves((args, kwargs)):

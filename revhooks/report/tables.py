@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -79,8 +79,3 @@ def _module_table(report: Report, rows: int) -> Table:
         saved, held = sum(r.saved_plain_bytes for r in rest), sum(r.held_bytes for r in rest)
         table.add_row(f"... {len(rest)} more", "", human_bytes(saved), human_bytes(held), "")
     return table
-
-
-def show(report: Report, console: Console | None = None) -> None:
-    """Print the report."""
-    (console or Console()).print(render(report))

@@ -17,7 +17,6 @@ __all__ = [
     "Fallback",
     "Inversion",
     "Predicate",
-    "forget",
     "known_draws",
     "known_inversion",
     "learn_draws",
@@ -117,13 +116,6 @@ def use_replay(module: nn.Module, key: object, label: str, reason: str, *, warn:
     if warn:
         message = explain(label, expected="an inverse within tolerance", got=reason, remedy="check(module, *inputs) shows more")
         warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
-
-
-def forget(module: nn.Module) -> None:
-    """Forget what is known of a block, so that its inverse is tried again."""
-    for child in module.modules():
-        _inversions.pop(child, None)
-        _fallbacks.pop(child, None)
 
 
 def predicate(spec: object, name: str) -> Predicate:

@@ -84,44 +84,40 @@ class Buffers:
     """The parameters and buffers of a call: what it changed, and what must not change until its replay.
 
     Made before the call; `finish` after it says whether everything that moved was foreseen.
+
+    Args:
+        root: the module that is called; its children count too.
+        keys: gets the storage keys of the buffers.
+        closely: look for parameters that are written past their version counters, which needs copies.
     """
 
-    __slots__ = ("_before", "_copies", "_first", "_grads", "_owners", "_read", "_root", "_training", "_versions", "_written")
+    __slots__ = ("_before", "_copies", "_first", "_grads", "_modes", "_modules", "_owners", "_read", "_versions", "_written")
 
-    def __init__(self, root: nn.Module, keys: set[int]) -> None:
+    # (owner, name, value before the call, the buffer): changed by the call and read by it
+    _before: tuple[tuple[_Owner, str, Tensor, Tensor], ...]
+    # (owner, name): changed by the call, not read by it
+    _written: tuple[tuple[_Owner, str], ...]
+    # modules whose buffers this call is the first to use: each with a copy and its version
+    _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
+
+    def __init__(self, root: nn.Module, keys: set[int], *, closely: bool = False) -> None:
+        self._before = self._written = self._first = ()
+        self._modules = modules = _modules_of(root)
+        self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
-        self._owners: list[tuple[_Owner, list[Tensor | None]]] = []
-        # (owner, name, value before the call, the buffer): changed by the call and read by it
-        self._before: list[tuple[_Owner, str, Tensor, Tensor]] = []
-        # (owner, name): changed by the call, not read by it
-        self._written: list[tuple[_Owner, str]] = []
-        # modules whose buffers this call is the first to use: each with a copy and its version
-        self._first: list[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]]] = []
-        self._training: list[tuple[dict[str, Any], bool]] = []  # the mode of every module
-        self._root = weakref.ref(root)
-        seen = {root}
-        stack = [root]
-        while stack:
-            module = stack.pop()
-            attributes = module.__dict__
-            self._training.append((attributes, module.training))
-            if module._parameters:
-                owner: Any = module._parameters
-                self._owners.append((owner, list(owner.values())))
-            if module._buffers:
-                self._note_buffers(module, keys)
-            for child in module._modules.values():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
+        owners: Any = [(owner, (*owner.values(),)) for module in modules if (owner := module._parameters)]
+        self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = owners
+        if any(module._buffers for module in modules):
+            for module in modules:
+                if module._buffers:
+                    self._note_buffers(module, keys)
         self._collect()
-        # a forward may write parameters past their version counters: look closely the first time, and ever after if it did
-        self._copies = [tensor.detach().clone() for tensor in self._read] if _writes.get(root, True) else []
+        self._copies = [tensor.detach().clone() for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
-        self._read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
-        self._grads = [tensor.requires_grad for tensor in self._read]
-        self._versions = [tensor._version for tensor in self._read]
+        self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
+        self._grads = [tensor.requires_grad for tensor in read]
+        self._versions = [tensor._version for tensor in read]
 
     def _note_buffers(self, module: nn.Module, keys: set[int]) -> None:
         owner: _Owner = module._buffers
@@ -129,47 +125,41 @@ class Buffers:
         for _, buffer in present:
             _add_key(keys, buffer)
         if _overwrites_unread(module):
-            self._written.extend((owner, name) for name, _ in present)
+            self._written += tuple((owner, name) for name, _ in present)
             return
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
-            self._first.append((module, {n: (b, b.detach().clone(), b._version) for n, b in present}))
+            self._first += ((module, {n: (b, b.detach().clone(), b._version) for n, b in present}),)
         elif known:
-            self._before.extend((owner, name, buffer.detach().clone(), buffer) for name, buffer in present if name in known)
-            self._owners.append((owner, [None if name in known else buffer for name, buffer in owner.items()]))
+            self._before += tuple((owner, n, buffer.detach().clone(), buffer) for n, buffer in present if n in known)
+            self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
         else:
             unread = "num_batches_tracked" if isinstance(module, _NormBase) else ""  # in eval mode
-            self._owners.append((owner, [None if name == unread else buffer for name, buffer in owner.items()]))
+            self._owners.append((owner, tuple(None if name == unread else buffer for name, buffer in owner.items())))
 
-    def finish(self) -> bool:
-        """Learn what the call changed; ``False`` if it changed something that was not captured."""
-        root = self._root()
-        wrote = False
-        if self._copies and root is not None:
-            wrote = not all(map(_same, self._read, self._copies))
-            _writes[root] = wrote
-            self._copies = []
-        elif root is not None and root not in _writes:
-            _writes[root] = False
+    def finish(self) -> tuple[bool, bool]:
+        """Learn what the call changed: whether that was foreseen, and, looked at closely, whether it wrote parameters."""
+        wrote = bool(self._copies) and not all(map(_same, self._read, self._copies))
+        self._copies = ()
         for module, copies in self._first:
             owner: _Owner = module._buffers
             moved = set()
             for name, (buffer, copy, version) in copies.items():
                 if owner.get(name) is not buffer or buffer._version != version or not _same(buffer, copy):
                     moved.add(name)
-                    self._before.append((owner, name, copy, buffer))
+                    self._before += ((owner, name, copy, buffer),)
             _mutable.setdefault(module, {})[module.training] = frozenset(moved)
-            self._owners.append((owner, [None if name in moved else buffer for name, buffer in owner.items()]))
+            self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
         if self._first:
-            self._first = []
+            self._first = ()
             versions = self._versions
             self._collect()
-            return self._versions[: len(versions)] == versions and not wrote
+            return self._versions[: len(versions)] == versions and not wrote, wrote
         if [tensor._version for tensor in self._read] == self._versions:
-            return not wrote
+            return not wrote, wrote
         for owner, _ in self._owners:
             _forget(owner)
-        return False
+        return False, wrote
 
     def add_moved(self, keys: set[int]) -> None:
         """Add the storage keys of the buffers that the call changes: a replay has copies in their places."""
@@ -187,9 +177,13 @@ class Buffers:
         return next(names, "one that was replaced")
 
     @property
-    def _in_place(self) -> bool:
-        """Whether every tensor that was read is still its module's."""
-        for owner, tensors in self._owners:
+    def trivial(self) -> bool:
+        """Whether a replay has nothing to put back."""
+        if self._before or self._written or [module.training for module in self._modules] != self._modes:
+            return False
+        if [tensor.requires_grad for tensor in self._read] != self._grads:
+            return False
+        for owner, tensors in self._owners:  # every tensor that was read is still its module's
             if len(owner) != len(tensors):
                 return False
             for tensor, current in zip(tensors, owner.values(), strict=True):
@@ -197,23 +191,12 @@ class Buffers:
                     return False
         return True
 
-    @property
-    def trivial(self) -> bool:
-        """Whether a replay has nothing to put back."""
-        return (
-            not self._before
-            and not self._written
-            and self._in_place
-            and [tensor.requires_grad for tensor in self._read] == self._grads
-            and all(attributes["training"] is training for attributes, training in self._training)
-        )
-
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Put back what the call saw, and afterwards what is there now."""
-        modes = [(attributes, attributes["training"]) for attributes, _ in self._training]
-        for attributes, training in self._training:
-            attributes["training"] = training
+        modes = [module.training for module in self._modules]
+        for module, training in zip(self._modules, self._modes, strict=True):
+            module.__dict__["training"] = training
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
         for owner, tensors in self._owners:
             for name, tensor in zip(list(owner), tensors, strict=False):
@@ -239,8 +222,19 @@ class Buffers:
                 tensor.requires_grad_(not tensor.requires_grad)
             for owner, name, current in swapped:
                 owner[name] = current
-            for attributes, training in modes:
-                attributes["training"] = training
+            for module, training in zip(self._modules, modes, strict=True):
+                module.__dict__["training"] = training
+
+
+def _modules_of(root: nn.Module) -> list[nn.Module]:
+    """The module and all below it, each once."""
+    modules, seen = [root], {root}
+    for module in modules:  # which grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return modules
 
 
 @contextlib.contextmanager
@@ -267,9 +261,6 @@ def untouched(root: nn.Module) -> Iterator[None]:
 
 # What every module has, and what is handled by itself
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
-
-# Whether a call of a module writes parameters past their version counters, learned at its first call
-_writes: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

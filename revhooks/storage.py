@@ -18,6 +18,7 @@ __all__ = [
     "Held",
     "Ledger",
     "compact",
+    "is_leaf",
     "is_opaque",
     "reserve",
     "storage_key",
@@ -78,6 +79,14 @@ def is_opaque(tensor: Tensor) -> bool:
     )
 
 
+def is_leaf(tensor: Tensor) -> bool:
+    """Whether the memory is a parameter's or another leaf's, which is held anyway (Rule 3: a view counts)."""
+    base = tensor._base
+    if base is None:
+        base = tensor
+    return base.is_leaf and (base.requires_grad or isinstance(base, Parameter))
+
+
 def version_probe(tensor: Tensor) -> Tensor:
     """An empty tensor that shares the version counter of ``tensor`` and none of its memory.
 
@@ -122,7 +131,7 @@ class Ledger:
     Example:
         >>> ledger = Ledger()
         >>> x = torch.zeros(4)
-        >>> keys = [ledger.hold(x), ledger.hold(x[1:])]
+        >>> keys = [ledger.hold_tensor(x), ledger.hold_tensor(x[1:])]
         >>> ledger.held
         16
         >>> for key in keys: ledger.drop(key)
@@ -139,10 +148,13 @@ class Ledger:
         self.peak_packed = 0
         self._entries: dict[int, list[int]] = {}  # key -> references, bytes
 
-    def hold(self, tensor: Tensor) -> int:
+    def hold_tensor(self, tensor: Tensor) -> int:
         """Count one more reference to the tensor's storage; returns its key, for `drop`."""
         storage = tensor.untyped_storage()
-        key: int = storage._cdata
+        return self.hold(storage._cdata, storage)
+
+    def hold(self, key: int, storage: torch.UntypedStorage) -> int:
+        """Count one more reference to a storage, whose key this is."""
         entry = self._entries.get(key)
         if entry is not None:
             entry[0] += 1
@@ -189,7 +201,7 @@ class Held:
         self._ledger = ledger
         self._version = version_of(tensor)
         self.tensor = tensor
-        self._key = ledger.hold(tensor)
+        self._key = ledger.hold_tensor(tensor)
 
     @property
     def intact(self) -> bool:

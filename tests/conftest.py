@@ -21,8 +21,7 @@ from revhooks.runtime import plan
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-    for known in (plan._inversions, plan._fallbacks, plan._draws):
-        known.clear()
+    plan._facts.clear()
 
 
 @pytest.fixture

@@ -19,10 +19,9 @@ from ..context import reversible
 from ..errors import TargetError, explain
 from ..record import ModuleRow, Report, Stats, Step, WorstError
 from ..registry import lookup
-from ..runtime.branch import is_leaf
 from ..runtime.guard import relative_error
 from ..runtime.run import Run
-from ..storage import is_opaque
+from ..storage import is_leaf, is_opaque
 from .meters import AccountedMeter, alternate, cuda_peak
 
 __all__ = ["Workload", "profile", "training_step"]

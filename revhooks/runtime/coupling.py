@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..nn.coupling import Coupling, Step
 from ..storage import Held, compact, storage_key, version_of, version_probe
-from .branch import CallState, Slots
+from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Frame, Head, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
-from .plan import learn_writes_input, may_write_input, replays, use_replay
+from .slots import Slots
 from .value import Value, fetch, freed, modified, restride
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ class _Branch:
     """
 
     __slots__ = (
-        "changed",
         "first",
         "glue",
         "index",
@@ -50,9 +49,7 @@ class _Branch:
     def __init__(self, frame: CouplingFrame, index: int, step: Step, source: Tensor, target: Tensor) -> None:
         self.index = index
         self.step: Step = step
-        self.changed: set[int] = {step.target}  # streams
-        # whether what it changes is an input, as it came
-        self.first = all(step.target not in other.changed for other in frame.branches)
+        self.first = step.target not in frame.changed  # whether what it changes is an input, as it came
         self.slots = Slots(frame, index)
         self.glue = Slots(frame, index) if step.law.saves else None
         self.state = CallState(frame, step.branch)
@@ -63,7 +60,7 @@ class _Branch:
         self.source: Held | None = None  # a copy, where the branch changes its input in place
         self.sample: Sample | None = None  # of the stream before the step
         self.output: Sample | None = None  # of what the branch computed, where nothing is inverted that would show an error
-        if replays(frame.module, index) or (frame.is_chain and has_exact_zeros(target)):
+        if index in frame.facts.kept or (frame.is_chain and has_exact_zeros(target)):
             self.target = Held(frame.run.ledger, target.detach())
         elif not (self.first and frame.has_head) and (frame.ordinal + index + index // 2) % 2 == 0:  # either stream by turns
             self.sample = frame.run.guard.sample(target)
@@ -115,7 +112,9 @@ class CouplingFrame(Frame):
         self.arguments: Arguments | None = None
         self.output: Value | None = None
         self.sizes: list[int] = []
+        self.changed: set[int] = set()  # streams that are not what they were when the call began
         self.is_chain = False
+        self._originals: dict[int, Held] = {}  # inputs that a branch changed in place, as they were
         self._head: Head | None = None
         self._head_streams: list[Tensor] | None = None
         self._input_probe: Tensor | None = None  # where the streams share the input's memory
@@ -170,26 +169,32 @@ class CouplingFrame(Frame):
         source, target = streams[step.source], streams[step.target]
         branch = _Branch(self, index, step, source, target)
         self.branches.append(branch)
+        self.changed.add(step.target)
         version = version_of(source)
-        before = source.detach().clone() if may_write_input(step.branch) else None
+        before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
         LOCAL.sink = (branch.slots, self)
         update = step.evaluate(source, target, args, kwargs)
+        branch.slots.close(self, branch.state.facts)
         branch.state.finish(self.moved)
         LOCAL.sink = None if branch.glue is None else (branch.glue, self)
         streams[step.target] = step.apply(target, update)
+        if branch.glue is not None:
+            branch.glue.close(self, self.facts)
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.run.guard.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
 
     def _look_for_surprises(self, branch: _Branch, target: Tensor, before: Tensor | None, *, written: bool) -> None:
         """Keep a step that did what was not foreseen: it cannot be repeated."""
-        learn_writes_input(branch.step.branch, written)
+        branch.state.facts.writes_input = written
         if written:
             branch.keep("it changes its input in place", self._hold(target.detach()))
-            branch.changed.add(branch.step.source)
             if before is not None:
                 branch.source = self._hold(before)
+                if branch.step.source not in self.changed:
+                    self._originals[branch.step.source] = branch.source
+            self.changed.add(branch.step.source)
             if branch.source is not None and self._anchor is not None and self._anchor.position == branch.index:
                 self._anchor.streams[branch.step.source] = branch.source
         elif not branch.state.foreseen:
@@ -204,10 +209,8 @@ class CouplingFrame(Frame):
             if value is not None and value.held:
                 first = x.detach().narrow(self.module.dim, 0, self.sizes[0])
                 value.take([compact(first), untouched], self.module.dim)
-                for branch in self.branches:  # what a branch changed in place, as it was
-                    places = {place for other in self.branches[: branch.index] for place in other.changed}
-                    if branch.source is not None and branch.step.source not in places:
-                        value.replace_piece(branch.step.source, branch.source)
+                for place, original in self._originals.items():
+                    value.replace_piece(place, original)
 
     def _release_before(self, position: int, streams: list[Tensor]) -> None:
         """Inside a long chain: let go of the steps before ``position``, where the streams were these."""
@@ -349,9 +352,8 @@ class CouplingFrame(Frame):
                 if stream is not None:
                     yield branch.why_kept or _EXACT, self.label, stream.tensor
             for slots in branch.all_slots():
-                for saved in slots.tensors:
-                    if saved is not None:
-                        yield branch.why_kept or why, self.label, saved
+                for saved in slots.held():
+                    yield branch.why_kept or why, self.label, saved
 
     def _undo(self, cursor: _Cursor, *, fill: bool) -> None:
         """One step back: one evaluation of its branch gives its slots and the stream before it."""
@@ -416,10 +418,10 @@ class CouplingFrame(Frame):
     def _guard(self, branch: _Branch, previous: Tensor) -> None:
         if branch.sample is None:
             return
-        module, run = self.module, self.run
+        facts, run = self.facts, self.run
 
         def fallback(error: float, *, below: bool) -> None:
-            use_replay(module, branch.index, branch.label(self), f"an error of {error:.2g}", warn=not below)
+            facts.keep(branch.index, branch.label(self), f"an error of {error:.2g}", warn=not below)
             if below:
                 run.distrust(self, branch.index)
 
@@ -428,7 +430,7 @@ class CouplingFrame(Frame):
     def distrust(self, below: int | None = None) -> None:
         """Keep every step (before ``below``) from the next call on."""
         for branch in self.branches[:below]:
-            use_replay(self.module, branch.index, self.label, "", warn=False)
+            self.facts.keep(branch.index, self.label, "", warn=False)
 
     def _check_input(self) -> None:
         probe = self._input_probe

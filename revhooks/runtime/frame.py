@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..generators import EVERY
 from ..state import Modes
 from ..storage import Held, is_opaque, version_of
-from .branch import CallState, Slots
+from .branch import CallState
 from .guard import Sample, tolerance
-from .plan import Draws, known_draws, learn_draws
+from .plan import Draws, facts_of
+from .slots import Slots
 from .tree import leaves_of, map_leaves
 from .value import Value, modified
 
@@ -92,7 +93,7 @@ class Frame(abc.ABC):
     def __init__(self, run: Run, module: nn.Module) -> None:
         self.run = run
         self.module = module
-        self.label = run.label(module)
+        self.facts = facts_of(module)
         self.ordinal = run.ordinal
         self.device: torch.device
         self.modes: Modes | None
@@ -106,6 +107,11 @@ class Frame(abc.ABC):
         self.why_kept = ""
         self.released = False
         self.inputs: list[weakref.ref[Value]] = []
+
+    @property
+    def label(self) -> str:
+        """How errors, warnings and reports call it."""
+        return self.run.label(self.module, self.ordinal)
 
     @abc.abstractmethod
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,7 +153,7 @@ class Frame(abc.ABC):
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
         self.modes = Modes.of_call(device)
-        run, known = self.run, known_draws(self.module)
+        run, known = self.run, self.facts.draws(self.module.training)
         self.draws = known.inside
         self._marked = bool(known.inside) or known.outside or run.marks is None
         if self._marked:
@@ -162,14 +168,14 @@ class Frame(abc.ABC):
         moved = marks != run.marks
         run.marks = marks
         if moved:
-            learn_draws(self.module, Draws(EVERY if self._marked else frozenset(), outside=True))
+            self.facts.learn_draws(self.module.training, Draws(EVERY if self._marked else frozenset(), outside=True))
         return moved
 
     def end(self, states: Sequence[CallState]) -> None:
         """After the call: learn whether it drew random numbers; where that was not foreseen it is kept this time."""
         if self.draws:
             drew = frozenset[str]().union(*(state.drew for state in states))
-            learn_draws(self.module, Draws(drew, self._drew_outside))
+            self.facts.learn_draws(self.module.training, Draws(drew, self._drew_outside))
             self.run.marks = self.run.rng.marks(self.device)
         elif self.surprised():
             self.keep(DREW)
@@ -207,14 +213,25 @@ class Frame(abc.ABC):
             self.run.guard.check(sample, output, self.bounds(output), label, None, self.run.at_end)
 
 
+_EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere
+_STRIDES = (67, 257, 1031, 4099, 16411, 65537)  # primes: rows, columns, channels and borders are all met
+
+
 def has_exact_zeros(tensor: Tensor) -> bool:
-    """Whether some elements are exactly zero, as behind a ReLU, a dropout or padding.
+    """Whether elements are exactly zero, as behind a ReLU, a dropout or padding; a large tensor is sampled.
 
     They come back from an inversion as plus or minus 1e-17, and a branch that begins with a ReLU would see the wrong
     sign. Reading this from an accelerator would make it wait, so it is read on a CPU only; elsewhere the guard
     compares the zeros of its samples.
     """
-    return tensor.device.type == "cpu" and not tensor.is_meta and int(tensor.detach().count_nonzero()) < tensor.numel()
+    if tensor.device.type != "cpu" or tensor.is_meta:
+        return False
+    tensor = tensor.detach()
+    numel = tensor.numel()
+    if numel > _EVERY_ELEMENT and tensor.is_contiguous():
+        stride = next((s for s in _STRIDES if numel // s < 2 * _EVERY_ELEMENT // 16), _STRIDES[-1])
+        tensor = tensor.view(-1)[::stride]
+    return int(tensor.count_nonzero()) < tensor.numel()
 
 
 class Head:

@@ -30,6 +30,9 @@ _TOLERANCE[torch.complex128] = _TOLERANCE[torch.float64]
 _TOLERANCE[torch.complex64] = _TOLERANCE[torch.float32]
 
 
+_NORMED = frozenset({torch.float32, torch.float64})  # whose norms need no wider dtype
+
+
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:
     """The mild and the gross bound for streams computed in ``dtype``."""
     return _TOLERANCE.get(dtype, (0.0, 0.0))
@@ -44,6 +47,10 @@ def relative_error(rebuilt: Tensor, original: Tensor) -> float:
     """
     if original.is_meta:
         return 0.0
+    if original.dtype in _NORMED and original.dtype is rebuilt.dtype:
+        scale, error = float(torch.linalg.vector_norm(original)), float(torch.dist(rebuilt, original))
+        if 0.0 < scale < math.inf and error < math.inf:
+            return error / scale
     if original.is_complex():
         original, rebuilt = torch.view_as_real(original), torch.view_as_real(rebuilt.to(original.dtype))
     if original.dtype is not torch.float64:

@@ -10,8 +10,8 @@ from ..storage import Geometry
 from .value import Value, modified
 
 if TYPE_CHECKING:
-    from .branch import Slots
     from .frame import Frame
+    from .slots import Slots
 
 __all__ = ["Handle", "LeafHandle", "SlotHandle", "ViewHandle"]
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .branch import Slots
     from .frame import Frame
+    from .plan import Facts
+    from .slots import Slots
 
 __all__ = ["LOCAL", "saving_to"]
 
@@ -22,11 +23,12 @@ LOCAL = _Local()
 
 
 @contextlib.contextmanager
-def saving_to(slots: Slots, frame: Frame) -> Iterator[None]:
+def saving_to(slots: Slots, frame: Frame, facts: Facts) -> Iterator[None]:
     """Send what this thread saves into ``slots`` of ``frame``."""
     before = LOCAL.sink
     LOCAL.sink = (slots, frame)
     try:
         yield
+        slots.close(frame, facts)
     finally:
         LOCAL.sink = before

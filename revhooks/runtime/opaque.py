@@ -14,12 +14,13 @@ from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_opaque, storage_key, version_of, version_probe
-from .branch import CallState, Slots
+from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Frame, Head
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
-from .plan import Inversion, known_inversion, learn_inversion, replays, use_replay
+from .plan import Inversion
+from .slots import Slots
 from .tree import leaves_of, map_leaves, map_tensors, tensors_of
 from .value import Value, fetch, freed, modified, restride
 
@@ -105,13 +106,13 @@ class OpaqueFrame(Frame):
         versions = [version_of(t) for t in tensors]
         self.input_keys.update(storage_key(t) for t in tensors)
         self.key = _key_of(self.module, args, kwargs)
-        known = known_inversion(self.module, self.key)
+        known = self.facts.inversion(self.key)
         self.state = CallState(self, self.module)
 
         def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
             return self._forward_branch(child, proceed, a, k, recording=known is None)
 
-        with saving_to(self.glue, self), shadowed(self._children, branch):
+        with saving_to(self.glue, self, self.facts), shadowed(self._children, branch):
             output = original(self.module, *args, **kwargs)
         self.state.finish(self.moved)
         self.end([self.state, *(call.state for call in self.calls)])
@@ -136,7 +137,7 @@ class OpaqueFrame(Frame):
         inputs = self.input_keys
         self.input_keys = inputs | {storage_key(t) for t in tensors_of((args, kwargs))}
         try:
-            with saving_to(call.slots, self):
+            with saving_to(call.slots, self, call.state.facts):
                 output = proceed(*args, **kwargs)
         finally:
             self.input_keys = inputs
@@ -159,7 +160,7 @@ class OpaqueFrame(Frame):
         if self.why_kept or known is None:
             return
         self.inversion = known
-        self.replayed = bool(known.problem) or replays(self.module, self.key)
+        self.replayed = bool(known.problem) or self.key in self.facts.kept
         given = 0 if self.replayed else known.inputs
         self.held = Arguments(self.run, args[given:], kwargs)
         self.given = [_Input(self, tensor) for tensor in args[:given]]
@@ -176,7 +177,7 @@ class OpaqueFrame(Frame):
             return None
         with torch.no_grad(), untouched(self.module), without_forward_hooks(self._children):
             known = self._try_inverse(output, args, kwargs)
-        learn_inversion(self.module, self.key, known)
+        self.facts.learn_inversion(self.key, known)
         if known.problem and self.run.guard.mode == "raise":
             raise InversionError(
                 explain(
@@ -187,7 +188,7 @@ class OpaqueFrame(Frame):
                 )
             )
         if known.problem:
-            use_replay(self.module, self.key, self.label, known.problem)
+            self.facts.keep(self.key, self.label, known.problem)
         return known
 
     # -- the first try of an inverse (Rule 10)
@@ -290,9 +291,8 @@ class OpaqueFrame(Frame):
         for tensor in self.held.tensors() if self.held is not None else ():
             yield ARGUMENT, self.label, tensor
         for slots in self._all_slots():
-            for saved in slots.tensors:
-                if saved is not None:
-                    yield why, self.label, saved
+            for saved in slots.held():
+                yield why, self.label, saved
 
     # -- backward
 
@@ -408,10 +408,10 @@ class OpaqueFrame(Frame):
         return inputs
 
     def _guard(self, sample: Sample | None, rebuilt: Tensor) -> None:
-        module, key, run = self.module, self.key, self.run
+        facts, key, run = self.facts, self.key, self.run
 
         def fallback(error: float, *, below: bool) -> None:
-            use_replay(module, key, self.label, f"an error of {error:.2g}", warn=not below)
+            facts.keep(key, self.label, f"an error of {error:.2g}", warn=not below)
             if below:
                 run.distrust(self, 0)
 
@@ -419,7 +419,7 @@ class OpaqueFrame(Frame):
 
     def distrust(self, below: int | None = None) -> None:
         """Replay it from the next call on."""
-        use_replay(self.module, self.key, self.label, "", warn=False)
+        self.facts.keep(self.key, self.label, "", warn=False)
 
     def _ill_formed(self, expected: str, got: str) -> InversionError:
         return InversionError(explain(self.label, expected=f"{expected} from its inverse", got=got, remedy="mend the inverse"))

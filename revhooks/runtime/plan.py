@@ -12,19 +12,7 @@ from torch import nn
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
 
-__all__ = [
-    "Draws",
-    "Fallback",
-    "Inversion",
-    "Predicate",
-    "known_draws",
-    "known_inversion",
-    "learn_draws",
-    "learn_inversion",
-    "predicate",
-    "replays",
-    "use_replay",
-]
+__all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "predicate"]
 
 Predicate = Callable[[nn.Module], bool]
 
@@ -51,26 +39,6 @@ class Inversion(NamedTuple):
     problem: str = ""
 
 
-# Per block, for as long as it lives: what its first try has shown, and which steps are kept.
-_inversions: weakref.WeakKeyDictionary[nn.Module, dict[object, Inversion]] = weakref.WeakKeyDictionary()
-_draws: weakref.WeakKeyDictionary[nn.Module, dict[bool, Draws]] = weakref.WeakKeyDictionary()
-_writers: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-_fallbacks: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()
-
-
-def known_inversion(module: nn.Module, key: object) -> Inversion | None:
-    """What the first try has shown for these shapes, if there was one."""
-    return _inversions.get(module, {}).get(key)
-
-
-def learn_inversion(module: nn.Module, key: object, inversion: Inversion) -> None:
-    """Remember what a try has shown."""
-    known = _inversions.setdefault(module, {})
-    if len(known) >= 64:  # of shapes that keep changing only the latest matter
-        known.clear()
-    known[key] = inversion
-
-
 class Draws(NamedTuple):
     """Which generators calls of a block draw from, and whether others draw between its call and the one before."""
 
@@ -81,41 +49,58 @@ class Draws(NamedTuple):
 _UNKNOWN = Draws()
 
 
-def known_draws(module: nn.Module) -> Draws:
-    """What earlier calls in this mode have shown; the worst of a block that was never seen."""
-    return _draws.get(module, {}).get(module.training, _UNKNOWN)
+class Facts:
+    """What the calls of one module have shown so far; the worst is assumed of what was never seen."""
+
+    __slots__ = ("_draws", "_inversions", "kept", "looks", "writes_input", "writes_parameters")
+
+    def __init__(self) -> None:
+        self._draws: dict[bool, Draws] = {}
+        self._inversions: dict[object, Inversion] = {}
+        self.kept: set[object] = set()  # steps, or shapes, that do not invert
+        self.looks: list[object] = []  # of what the latest call saved
+        self.writes_input = True  # in place
+        self.writes_parameters = True  # past their version counters
+
+    def draws(self, training: bool) -> Draws:
+        """Which generators its calls in this mode draw from."""
+        return self._draws.get(training, _UNKNOWN)
+
+    def learn_draws(self, training: bool, draws: Draws) -> None:
+        """Remember what a call has shown."""
+        self._draws[training] = draws
+
+    def inversion(self, key: object) -> Inversion | None:
+        """What the first try of the inverse has shown for these shapes, if there was one."""
+        return self._inversions.get(key)
+
+    def learn_inversion(self, key: object, inversion: Inversion) -> None:
+        """Remember what a try has shown."""
+        if len(self._inversions) >= 64:  # of shapes that keep changing only the latest matter
+            self._inversions.clear()
+        self._inversions[key] = inversion
+
+    def keep(self, key: object, label: str, reason: str, *, warn: bool = True) -> None:
+        """From the next call on keep instead of inverting; warn once."""
+        if key in self.kept:
+            return
+        self.kept.add(key)
+        if warn:
+            message = explain(
+                label, expected="an inverse within tolerance", got=reason, remedy="check(module, *inputs) shows more"
+            )
+            warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
 
 
-def learn_draws(module: nn.Module, draws: Draws) -> None:
-    """Remember what a call has shown."""
-    _draws.setdefault(module, {})[module.training] = draws
+_facts: weakref.WeakKeyDictionary[nn.Module, Facts] = weakref.WeakKeyDictionary()
 
 
-def may_write_input(branch: nn.Module) -> bool:
-    """Whether a branch may change its input in place: it has done so, or was never seen."""
-    return _writers.get(branch, True)
-
-
-def learn_writes_input(branch: nn.Module, writes: bool) -> None:
-    """Remember whether a branch has changed its input in place."""
-    if _writers.get(branch) is not writes:
-        _writers[branch] = writes
-
-
-def replays(module: nn.Module, key: object) -> bool:
-    """Whether the block (or the step ``key`` of it) is kept instead of inverted."""
-    return key in _fallbacks.get(module, ())
-
-
-def use_replay(module: nn.Module, key: object, label: str, reason: str, *, warn: bool = True) -> None:
-    """From the next call on keep instead of inverting; warn once."""
-    known = _fallbacks.setdefault(module, set())
-    if key in known:
-        return
-    known.add(key)
-    if warn:
-        message = explain(label, expected="an inverse within tolerance", got=reason, remedy="check(module, *inputs) shows more")
-        warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
+def facts_of(module: nn.Module) -> Facts:
+    """The facts about a module, for as long as it lives."""
+    facts = _facts.get(module)
+    if facts is None:
+        facts = _facts[module] = Facts()
+    return facts
 
 
 def predicate(spec: object, name: str) -> Predicate:

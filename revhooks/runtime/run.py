@@ -15,8 +15,7 @@ from ..generators import RngTracker
 from ..nn.coupling import Coupling
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
-from ..storage import Geometry, Ledger, is_opaque, storage_key
-from .branch import Slots, is_leaf
+from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
 from .coupling import CouplingFrame
 from .frame import Frame
 from .guard import Guard
@@ -24,12 +23,11 @@ from .handle import Handle, LeafHandle, ViewHandle
 from .local import LOCAL
 from .opaque import OpaqueFrame
 from .plan import Predicate
+from .slots import Slots
 from .tree import tensors_of
 from .value import Value
 
 __all__ = ["Run"]
-
-_TORCH = frozenset({"torch"})
 
 
 class Run:
@@ -47,7 +45,6 @@ class Run:
         self.inversions = _Counter()
         self.replays = _Counter()
         self.second_evaluations = 0
-        self.observer: Callable[[int, bool], None] | None = None  # gets bytes as they are saved, and if in a frame
         self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
         self._keep = keep
         self._count = 0
@@ -98,10 +95,10 @@ class Run:
         if newest is not None:
             newest.release()
 
-    def label(self, module: nn.Module) -> str:
+    def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
         path = self._name_of(module) if self._name_of is not None else ""
-        return f"{path} ({type(module).__name__})" if path else f"block {self._count} ({type(module).__name__})"
+        return f"{path} ({type(module).__name__})" if path else f"block {ordinal} ({type(module).__name__})"
 
     def name_blocks(self, name_of: Callable[[nn.Module], str]) -> None:
         """Call blocks by their module paths."""
@@ -130,9 +127,7 @@ class Run:
 
     def _count_packed(self, value: Value, tensor: Tensor) -> None:
         value.pin(tensor)
-        nbytes = value.count_packed(tensor)
-        if nbytes and self.observer is not None:
-            self.observer(nbytes, False)
+        value.count_packed(tensor)
 
     @staticmethod
     def unpack(handle: Handle) -> Tensor:
@@ -170,11 +165,12 @@ class Run:
 
     def _rebuild(self, frame: Frame, slots: Slots, *, transient: bool) -> None:
         """Rebuild, and leave the generators where they are even if a branch seeds them."""
-        generators = self.rng.capture(frame.device, _TORCH)
+        marks = self.rng.torch_marks(frame.device)
+        generators = self.rng.torch_state(frame.device, marks)
         try:
             frame.rebuild(slots, transient=transient)
         finally:
-            if generators.moved(self.rng.capture(frame.device, _TORCH)):
+            if self.rng.torch_marks(frame.device) != marks:
                 generators.restore()
 
     def reading_kept(self, frame: Frame) -> None:

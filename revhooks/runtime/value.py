@@ -107,7 +107,7 @@ class Value:
         self._dim = 0
         self._probe: Tensor | None = None
         self._reserved: object = None
-        self._tensor_key = run.ledger.hold(detached)
+        self._tensor_key = run.ledger.hold_tensor(detached)
         run.values[key] = weakref.ref(self)
 
     def __del__(self) -> None:
@@ -215,7 +215,7 @@ class Value:
         self._pieces = None
         self._tensor = restride(tensor.detach(), self.geometry.stride)
         self._tensor_version = self._tensor._version
-        self._tensor_key = self.run.ledger.hold(self._tensor)
+        self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
 
     def report(self) -> Iterator[tuple[str, str, Tensor]]:
         """What it holds: why, of what, and the tensor."""
@@ -230,7 +230,7 @@ class Value:
             self._pieces = None
             self._tensor = torch.as_strided(tensor.detach(), *self.geometry)
             self._tensor_version = self.version
-            self._tensor_key = self.run.ledger.hold(self._tensor)
+            self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
 
     def release(self) -> None:

@@ -1,0 +1,257 @@
+"""Slots: the tensors that one stretch of code saved, and a replay of it saves again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
+from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
+
+from ..errors import ModifiedError, ReplayError, explain
+from ..storage import is_leaf, is_opaque
+from .handle import SlotHandle
+from .value import modified
+
+if TYPE_CHECKING:
+    from .frame import Frame
+    from .plan import Facts
+
+__all__ = ["Slots"]
+
+_T = TypeVar("_T")
+_Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_Expected = tuple[_Looks, bool] | int  # what a slot looks like and whether it lies in the frame's input; of a passed one its key
+
+_ALONE, _DEAD = -1, -2  # in place of looks: a tensor that is left alone, one that nobody can ask for any more
+
+
+class Slots:
+    """What one stretch of code saved: a branch, or the glue around branches.
+
+    In forward `save` takes the tensors and `close` looks at them; a replay of the same code, run by `fill`,
+    saves them again (Rule 9). Parameters, buffers, other leaves and opaque tensors are *passed*: never let go of.
+    """
+
+    __slots__ = (
+        "_alive",
+        "_frame",
+        "_keys",
+        "_leaves",
+        "_ledger",
+        "_looks",
+        "_packed",
+        "_versions",
+        "live",
+        "position",
+        "tensors",
+        "transient",
+    )
+
+    def __init__(self, frame: Frame, position: int) -> None:
+        self._frame = weakref.ref(frame)
+        self._ledger = frame.run.ledger
+        self._alive = bytearray()  # whether the handle may still ask
+        self._versions: list[int] = []  # of what is there now
+        self._leaves = bytearray()
+        self._looks: list[_Expected] = []
+        self._keys: list[int] = []  # of the storages that the ledger counts; 0 for none
+        self._packed = 0  # bytes that plain autograd would hold
+        self.live = 0  # handles of slots that are not passed
+        self.position = position
+        self.tensors: list[Tensor | None] = []
+        self.transient = False  # filled for one pass of a graph that is retained
+
+    # -- forward
+
+    def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
+        """Pack a tensor that was saved during forward."""
+        tensors = self.tensors
+        self._leaves.append(is_leaf(tensor))
+        tensors.append(tensor.detach())  # Rule 2
+        self._versions.append(tensor._version)
+        return SlotHandle(frame, self, len(tensors) - 1)
+
+    def close(self, frame: Frame, facts: Facts) -> None:
+        """After the code has run: tell what is passed, and what a replay has to save again."""
+        leaves, external, inputs, packed = self._leaves, frame.external, frame.input_keys, frame.packed
+        looks, keys, alive, hold = self._looks, self._keys, self._alive, self._ledger.hold
+        nbytes = 0
+        for index, tensor in enumerate(self.tensors):
+            storage = tensor.untyped_storage() if tensor is not None and not is_opaque(tensor) else None
+            key = storage._cdata if storage is not None else _DEAD if tensor is None else _ALONE
+            is_input = key in inputs
+            if storage is None or tensor is None or (not is_input and (leaves[index] or key in external)):
+                looks.append(key)
+                keys.append(0)
+                alive.append(0)
+                continue
+            looks.append(((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), is_input))
+            keys.append(hold(key, storage))
+            alive.append(1)
+            self.live += 1
+            frame.saves_input |= is_input
+            if key not in packed:
+                packed.add(key)
+                nbytes += storage.nbytes()
+        if looks == facts.looks:  # as in nearly every call
+            self._looks = facts.looks  # type: ignore[assignment]
+        else:
+            facts.looks = looks  # type: ignore[assignment]
+        if nbytes:
+            self._packed = nbytes
+            self._ledger.pack(nbytes)
+
+    # -- handles
+
+    def read(self, index: int) -> Tensor:
+        """The tensor in a slot that is filled.
+
+        Raises:
+            ModifiedError: it was modified in place since it was saved (Rule 8).
+        """
+        tensor = self.tensors[index]
+        if tensor is None:
+            raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
+        if tensor._version != self._versions[index]:
+            raise self._modified(index, tensor)
+        if self.transient and self._keys[index]:
+            self._ledger.drop(self._keys[index])
+            self.tensors[index] = None
+        return tensor
+
+    def kill(self, index: int) -> None:
+        """The handle of a slot has died."""
+        tensors = self.tensors
+        if index >= len(self._alive) or not self._alive[index]:  # not closed yet, or passed
+            tensors[index] = None
+            return
+        if tensors[index] is not None:
+            self._ledger.drop(self._keys[index])
+            tensors[index] = None
+        self._alive[index] = 0
+        self.live -= 1
+        if not self.live:
+            self._ledger.packed -= self._packed
+            self._packed = 0
+
+    def held(self) -> list[Tensor]:
+        """What it holds and could let go of."""
+        return [tensor for tensor, key in zip(self.tensors, self._keys, strict=False) if key and tensor is not None]
+
+    def release(self) -> None:
+        """Let go of every tensor that a replay can bring back."""
+        tensors, drop = self.tensors, self._ledger.drop
+        for index, key in enumerate(self._keys):
+            if key and tensors[index] is not None:
+                drop(key)
+                tensors[index] = None
+
+    def intact(self) -> bool:
+        """Whether no saved tensor was modified in place since; if one was, its backward must raise."""
+        return self._damaged() is None
+
+    def _damaged(self) -> int | None:
+        for index, tensor in enumerate(self.tensors):
+            if tensor is not None and tensor._version != self._versions[index] and self._keys[index]:
+                return index
+        return None
+
+    # -- replay
+
+    def fill(self, call: Callable[[], _T], *, transient: bool) -> _T:
+        """Run a replay whose saved tensors fill the slots.
+
+        Raises:
+            ReplayError: the replay saves other tensors than forward did.
+            ModifiedError: it reads something that was modified since.
+        """
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            detached = tensor.detach()
+            saved.append(detached)
+            return detached
+
+        push_hooks(pack, _identity)
+        try:
+            result = call()
+        finally:
+            pop_hooks()
+        self.transient = transient
+        self._accept(saved)
+        return result
+
+    def _accept(self, saved: list[Tensor]) -> None:
+        if len(saved) != len(self._looks):
+            index = min(len(saved), len(self._looks))
+            raise self._mismatch(index, f"{len(self._looks)} saved tensors", f"{len(saved)}", _REPEATABLE)
+        tensors, versions, keys = self.tensors, self._versions, self._keys
+        ledger = self._ledger
+        for index, (tensor, looks) in enumerate(zip(saved, self._looks, strict=True)):
+            if isinstance(looks, int):
+                self._check_passed(tensor, looks, index)
+                continue
+            expected, is_input = looks
+            if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != expected:
+                raise self._looks_different(expected, tensor, index)
+            version = tensor._version
+            if is_input:  # whose version differs at replay
+                versions[index] = version
+            elif version != versions[index] and self._alive[index]:
+                raise self._modified(index, tensor)
+            if self._alive[index]:
+                if tensors[index] is not None:
+                    ledger.drop(keys[index])
+                storage = tensor.untyped_storage()
+                keys[index] = ledger.hold(storage._cdata, storage)
+                tensors[index] = tensor
+
+    def _check_passed(self, tensor: Tensor, key: int, index: int) -> None:
+        if key == _DEAD:
+            return
+        if is_opaque(tensor) != (key == _ALONE):
+            raise self._mismatch(index, "the same kind of tensor", type(tensor).__name__, _REPEATABLE)
+        if key != _ALONE and key != tensor.untyped_storage()._cdata:
+            frame = self._frame()
+            if frame is not None and key in frame.moved:
+                return
+            remedy = "leave parameters and buffers in place until backward"
+            raise self._mismatch(index, "the same parameter or buffer", f"another tensor of shape {tuple(tensor.shape)}", remedy)
+
+    # -- errors
+
+    @property
+    def _label(self) -> str:
+        frame = self._frame()
+        return frame.label if frame is not None else "a block"
+
+    def _modified(self, index: int, tensor: Tensor) -> ModifiedError:
+        passed = index < len(self._looks) and type(self._looks[index]) is int
+        what = f"a parameter, buffer or leaf in {self._label}" if passed else f"slot {index} of {self._label}"
+        return modified(what, tensor.shape, self._versions[index], tensor._version)
+
+    def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
+        names = ("shape", "stride", "dtype", "device")
+        now = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        differ = [(n, e, g) for n, e, g in zip(names, looks, now, strict=True) if e != g]
+        expected = ", ".join(f"{name} {_plain(value)}" for name, value, _ in differ)
+        got = ", ".join(f"{name} {_plain(value)}" for name, _, value in differ)
+        return self._mismatch(index, expected, got, _REPEATABLE)
+
+    def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
+        return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+_REPEATABLE = "make the branch do the same in every call with the same input, or exclude the block with keep="
+
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor

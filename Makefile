@@ -17,10 +17,10 @@ demo: .venv/.installed
 	$(BIN)/revhooks demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
 test-all: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not gpu'
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

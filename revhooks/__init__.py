@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "reversible": ".context",
+    "checkpoint": ".context",
     "register": ".registry",
     "unregister": ".registry",
     "registered": ".registry",
@@ -21,6 +22,7 @@ _SUBMODULES = ("errors", "functional", "nn", "record")
 __all__ = [
     "CheckResult",
     "check",
+    "checkpoint",
     "errors",
     "functional",
     "invertible",
@@ -35,7 +37,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import errors, functional, nn, record
     from .checking import CheckResult, check
-    from .context import reversible
+    from .context import checkpoint, reversible
     from .registry import invertible, register, registered, unregister
 
 

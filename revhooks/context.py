@@ -1,12 +1,14 @@
-"""``reversible()``: context manager and decorator."""
+"""``reversible()``: context manager and decorator; ``checkpoint()``: the same for one function call."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
@@ -14,9 +16,10 @@ from .errors import RegistrationError, explain
 from .registry import ACTIVE
 from .runtime.local import LOCAL
 from .runtime.plan import predicate
+from .runtime.replay import Region
 from .runtime.run import Run
 
-__all__ = ["reversible"]
+__all__ = ["checkpoint", "reversible"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _GUARDS = ("fallback", "raise", "off")
@@ -93,3 +96,54 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     @property
     def _options(self) -> dict[str, Any]:
         return {"keep": self._keep or (), "guard": self._guard}
+
+
+def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+    """Call ``fn(*args, **kwargs)`` and drop what its ops save: it is recomputed in backward.
+
+    Without an inverse the arguments are kept, and the semantics are those of `torch.utils.checkpoint.checkpoint` with
+    ``use_reentrant=False``: any arguments and outputs, nested calls, `torch.autograd.grad` inside, recomputation up
+    to the last tensor that is needed (`torch.utils.checkpoint.set_checkpoint_early_stop` is heeded). Random generators,
+    autocast and buffers are put back for it; a recomputation that does not repeat the call raises. With an inverse
+    the arguments that it returns are dropped too, as for a registered block. It works inside ``reversible()`` and without.
+
+    Args:
+        fn: a function or module. Buffers of modules in its closure or arguments are put back as well.
+        *args: its arguments.
+        inverse: ``inverse(output, *held_args, **kwargs)`` returns the first argument, or a tuple of the first ones.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        What ``fn`` returns.
+
+    Raises:
+        ReplayError: the recomputation saves other tensors than the call did (in backward).
+        ModifiedError: an argument was changed in place since (in backward).
+        InversionError: the reconstruction is grossly off (in backward).
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> checkpoint(lambda x, power: x.exp() ** power, x, power=2).sum().backward()
+        >>> torch.allclose(x.grad, 2 * torch.exp(2 * x))
+        True
+    """
+    if torch.compiler.is_compiling():
+        return fn(*args, **kwargs)
+    run = ACTIVE.run if LOCAL.filling is None else LOCAL.filling[0]
+    if not isinstance(run, Run):
+        run = _AMBIENT.run
+    region = Region(fn, (args, kwargs))
+    if inverse is None:
+        return run.replay(region, args, kwargs)
+    return run.invert(region, inverse, args, kwargs)
+
+
+class _Ambient(threading.local):
+    """What `checkpoint` uses outside of ``reversible()``: a run for each thread, so that its calls make chains."""
+
+    def __init__(self) -> None:
+        self.run = Run()
+
+
+_AMBIENT = _Ambient()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -86,12 +86,25 @@ class Buffers:
     Made before the call; `finish` after it says whether everything that moved was foreseen.
 
     Args:
-        root: the module that is called; its children count too.
+        roots: the modules that are called; their children count too.
         keys: gets the storage keys of the buffers.
         closely: look for parameters that are written past their version counters, which needs copies.
+        owned: the call is theirs; else it may use some of them only, and their parameters are not watched.
     """
 
-    __slots__ = ("_before", "_copies", "_first", "_grads", "_modes", "_modules", "_owners", "_read", "_versions", "_written")
+    __slots__ = (
+        "_before",
+        "_copies",
+        "_first",
+        "_grads",
+        "_modes",
+        "_modules",
+        "_owned",
+        "_owners",
+        "_read",
+        "_versions",
+        "_written",
+    )
 
     # (owner, name, value before the call, the buffer): changed by the call and read by it
     _before: tuple[tuple[_Owner, str, Tensor, Tensor], ...]
@@ -100,17 +113,18 @@ class Buffers:
     # modules whose buffers this call is the first to use: each with a copy and its version
     _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
 
-    def __init__(self, root: nn.Module, keys: set[int], *, closely: bool = False) -> None:
+    def __init__(self, roots: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
+        self._owned = owned
         self._before = self._written = self._first = ()
-        self._modules = modules = _modules_of(root)
+        self._modules = modules = _modules_of(roots)
         self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
-        owners: Any = [(owner, (*owner.values(),)) for module in modules if (owner := module._parameters)]
+        owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := module._parameters)]
         self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = owners
         if any(module._buffers for module in modules):
             for module in modules:
                 if module._buffers:
-                    self._note_buffers(module, keys)
+                    self._note_buffers(module, keys, owned=owned)
         self._collect()
         self._copies = [tensor.detach().clone() for tensor in self._read] if closely else ()
 
@@ -119,7 +133,7 @@ class Buffers:
         self._grads = [tensor.requires_grad for tensor in read]
         self._versions = [tensor._version for tensor in read]
 
-    def _note_buffers(self, module: nn.Module, keys: set[int]) -> None:
+    def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
         present = [(name, buffer) for name, buffer in owner.items() if buffer is not None]
         for _, buffer in present:
@@ -132,8 +146,9 @@ class Buffers:
             self._first += ((module, {n: (b, b.detach().clone(), b._version) for n, b in present}),)
         elif known:
             self._before += tuple((owner, n, buffer.detach().clone(), buffer) for n, buffer in present if n in known)
-            self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
-        else:
+            if owned:
+                self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
+        elif owned:
             unread = "num_batches_tracked" if isinstance(module, _NormBase) else ""  # in eval mode
             self._owners.append((owner, tuple(None if name == unread else buffer for name, buffer in owner.items())))
 
@@ -149,7 +164,8 @@ class Buffers:
                     moved.add(name)
                     self._before += ((owner, name, copy, buffer),)
             _mutable.setdefault(module, {})[module.training] = frozenset(moved)
-            self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
+            if self._owned:
+                self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
         if self._first:
             self._first = ()
             versions = self._versions
@@ -226,9 +242,9 @@ class Buffers:
                 module.__dict__["training"] = training
 
 
-def _modules_of(root: nn.Module) -> list[nn.Module]:
-    """The module and all below it, each once."""
-    modules, seen = [root], {root}
+def _modules_of(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules and all below them, each once."""
+    modules, seen = list(roots), set(roots)
     for module in modules:  # which grows
         for child in module._modules.values():
             if child is not None and child not in seen:

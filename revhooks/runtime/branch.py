@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 from ..errors import ModifiedError, explain
 from ..generators import Rng
 from ..state import PLAIN, Buffers, Modes
-from .plan import facts_of
 
 if TYPE_CHECKING:
     from .frame import Frame
+    from .plan import Facts
 
 __all__ = ["CallState"]
 
@@ -38,10 +38,12 @@ class CallState:
         "rng_after",
     )
 
-    def __init__(self, frame: Frame, root: nn.Module, *, local: bool = False) -> None:
+    def __init__(
+        self, frame: Frame, roots: Sequence[nn.Module], facts: Facts, *, local: bool = False, owned: bool = True
+    ) -> None:
         self._device = frame.device
-        self.facts = facts_of(root)
-        self._buffers = Buffers(root, frame.external, closely=self.facts.writes_parameters)
+        self.facts = facts
+        self._buffers = Buffers(roots, frame.external, closely=facts.writes_parameters, owned=owned)
         self._modes = Modes.of_call(frame.device) if local else frame.modes
         self.grad = torch.is_grad_enabled()
         self._tracker = frame.run.rng

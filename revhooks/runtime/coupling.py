@@ -10,9 +10,10 @@ from torch import Tensor
 from ..nn.coupling import Coupling, Step
 from ..storage import Held, compact, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Frame, Head, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
+from .plan import facts_of
 from .slots import Slots
 from .value import Value, fetch, freed, modified, restride
 
@@ -52,7 +53,7 @@ class _Branch:
         self.first = step.target not in frame.changed  # whether what it changes is an input, as it came
         self.slots = Slots(frame, index)
         self.glue = Slots(frame, index) if step.law.saves else None
-        self.state = CallState(frame, step.branch)
+        self.state = CallState(frame, (step.branch,), facts_of(step.branch))
         self.wants_grad = (source.requires_grad, target.requires_grad)
         self.strides = (source.stride(), target.stride())
         self.why_kept = ""
@@ -101,7 +102,7 @@ class _Cursor:
         self.transient = transient
 
 
-class CouplingFrame(Frame):
+class CouplingFrame(ModuleFrame):
     """A frame of a `Coupling`: a program of steps over two streams."""
 
     module: Coupling

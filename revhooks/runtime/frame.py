@@ -15,7 +15,7 @@ from ..state import Modes
 from ..storage import Held, is_opaque, version_of
 from .branch import CallState
 from .guard import Sample, tolerance
-from .plan import Draws, facts_of
+from .plan import Draws, Facts, facts_of
 from .slots import Slots
 from .tree import leaves_of, map_leaves
 from .value import Value, modified
@@ -23,7 +23,7 @@ from .value import Value, modified
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["ANCHOR", "ARGUMENT", "DREW", "HEAD", "NEWEST", "Arguments", "Frame", "Head", "has_exact_zeros"]
+__all__ = ["ANCHOR", "ARGUMENT", "DREW", "HEAD", "NEWEST", "Arguments", "Frame", "Head", "ModuleFrame", "has_exact_zeros"]
 
 ANCHOR = "anchor: what was before it is rebuilt from it"
 ARGUMENT = "argument of a block: needed to repeat its call"
@@ -32,13 +32,30 @@ HEAD = "input of a chain: held by its caller, or kept exact"
 NEWEST = "newest block: kept until the next one opens"
 
 
+Give = Callable[[], Tensor]
+
+
 class Arguments:
-    """Arguments that are held for the replay: tensors detached, everything else as it is."""
+    """Arguments that are held for the replay: tensors detached, everything else as it is.
+
+    Args:
+        run: whose ledger counts them.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        save: saves a tensor in a surrounding frame instead, and returns a function that gives it back.
+    """
 
     __slots__ = ("_held",)
 
-    def __init__(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._held = map_leaves(lambda leaf: _Argument.of(run, leaf), (args, kwargs))
+    def __init__(
+        self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], save: Callable[[Tensor], Give] | None = None
+    ) -> None:
+        def hold(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return _Argument(run, leaf) if save is None or is_opaque(leaf) else _SavedArgument(save(leaf), leaf.requires_grad)
+
+        self._held = map_leaves(hold, (args, kwargs))
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it holds."""
@@ -51,7 +68,11 @@ class Arguments:
         Raises:
             ModifiedError: one was modified in place since.
         """
-        args, kwargs = map_leaves(lambda leaf: leaf.again(label) if isinstance(leaf, _Argument) else leaf, self._held)
+
+        def again(leaf: Any) -> Any:
+            return leaf.again(label) if isinstance(leaf, (_Argument, _SavedArgument)) else leaf
+
+        args, kwargs = map_leaves(again, self._held)
         return args, kwargs
 
 
@@ -66,11 +87,6 @@ class _Argument:
         self.requires_grad = tensor.requires_grad
         self.version = version_of(tensor)
 
-    @classmethod
-    def of(cls, run: Run, leaf: Any) -> Any:
-        """A tensor as an argument, anything else as it is."""
-        return cls(run, leaf) if isinstance(leaf, Tensor) else leaf
-
     def again(self, label: str) -> Tensor:
         """The tensor as a fresh leaf."""
         tensor = self.held.tensor
@@ -83,6 +99,20 @@ class _Opaque(NamedTuple):
     tensor: Tensor
 
 
+class _SavedArgument:
+    """A tensor among the arguments that the surrounding frame saves."""
+
+    __slots__ = ("give", "requires_grad")
+
+    def __init__(self, give: Give, requires_grad: bool) -> None:
+        self.give = give
+        self.requires_grad = requires_grad
+
+    def again(self, label: str) -> Tensor:
+        """The tensor as a fresh leaf."""
+        return self.give().detach().requires_grad_(self.requires_grad)
+
+
 class Frame(abc.ABC):
     """What is needed to rebuild everything that one call of one block saved.
 
@@ -90,11 +120,11 @@ class Frame(abc.ABC):
     from its outputs. Handles hold their frame, a frame holds its outputs, and its inputs only weakly.
     """
 
-    def __init__(self, run: Run, module: nn.Module) -> None:
+    def __init__(self, run: Run, facts: Facts, *, training: bool = True) -> None:
         self.run = run
-        self.module = module
-        self.facts = facts_of(module)
+        self.facts = facts
         self.ordinal = run.ordinal
+        self._training = training
         self.device: torch.device
         self.modes: Modes | None
         self.input_keys: set[int] = set()  # storages of its inputs; of a coupling, of the stream that a branch gets
@@ -109,9 +139,9 @@ class Frame(abc.ABC):
         self.inputs: list[weakref.ref[Value]] = []
 
     @property
+    @abc.abstractmethod
     def label(self) -> str:
         """How errors, warnings and reports call it."""
-        return self.run.label(self.module, self.ordinal)
 
     @abc.abstractmethod
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,7 +183,7 @@ class Frame(abc.ABC):
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
         self.modes = Modes.of_call(device)
-        run, known = self.run, self.facts.draws(self.module.training)
+        run, known = self.run, self.facts.draws(self._training)
         self.draws = known.inside
         self._marked = bool(known.inside) or known.outside or run.marks is None
         if self._marked:
@@ -168,14 +198,14 @@ class Frame(abc.ABC):
         moved = marks != run.marks
         run.marks = marks
         if moved:
-            self.facts.learn_draws(self.module.training, Draws(EVERY if self._marked else frozenset(), outside=True))
+            self.facts.learn_draws(self._training, Draws(EVERY if self._marked else frozenset(), outside=True))
         return moved
 
     def end(self, states: Sequence[CallState]) -> None:
         """After the call: learn whether it drew random numbers; where that was not foreseen it is kept this time."""
         if self.draws:
             drew = frozenset[str]().union(*(state.drew for state in states))
-            self.facts.learn_draws(self.module.training, Draws(drew, self._drew_outside))
+            self.facts.learn_draws(self._training, Draws(drew, self._drew_outside))
             self.run.marks = self.run.rng.marks(self.device)
         elif self.surprised():
             self.keep(DREW)
@@ -232,6 +262,19 @@ def has_exact_zeros(tensor: Tensor) -> bool:
         stride = next((s for s in _STRIDES if numel // s < 2 * _EVERY_ELEMENT // 16), _STRIDES[-1])
         tensor = tensor.view(-1)[::stride]
     return int(tensor.count_nonzero()) < tensor.numel()
+
+
+class ModuleFrame(Frame):
+    """A frame of a registered block."""
+
+    def __init__(self, run: Run, module: nn.Module, facts: Facts | None = None) -> None:
+        super().__init__(run, facts_of(module) if facts is None else facts, training=module.training)
+        self.module = module
+
+    @property
+    def label(self) -> str:
+        """How errors, warnings and reports call it."""
+        return self.run.label(self.module, self.ordinal)
 
 
 class Head:

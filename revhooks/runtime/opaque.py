@@ -15,11 +15,11 @@ from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_opaque, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Frame, Head
+from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Head, ModuleFrame
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
-from .plan import Inversion
+from .plan import Facts, Inversion, facts_of
 from .slots import Slots
 from .tree import leaves_of, map_leaves, map_tensors, tensors_of
 from .value import Value, fetch, freed, modified, restride
@@ -41,7 +41,7 @@ class _Call:
         tensors = tensors_of(arguments)
         self.child = child
         self.slots = Slots(frame, 0)
-        self.state = CallState(frame, child, local=True)
+        self.state = CallState(frame, (child,), facts_of(child), local=True)
         self.shapes = [t.shape for t in tensors]
         self.strides = [t.stride() for t in tensors]
         self.grads = [t.requires_grad for t in tensors]
@@ -78,11 +78,11 @@ class _Constant:
         self.value = value
 
 
-class OpaqueFrame(Frame):
+class OpaqueFrame(ModuleFrame):
     """A frame that is rebuilt at one go, from its outputs or, where its inverse does not serve, from its inputs."""
 
-    def __init__(self, run: Run, module: nn.Module, entry: Registration) -> None:
-        super().__init__(run, module)
+    def __init__(self, run: Run, module: nn.Module, entry: Registration, facts: Facts | None = None) -> None:
+        super().__init__(run, module, facts)
         self.entry = entry
         self.glue = Slots(self, 0)
         self.calls: list[_Call] = []
@@ -107,7 +107,7 @@ class OpaqueFrame(Frame):
         self.input_keys.update(storage_key(t) for t in tensors)
         self.key = _key_of(self.module, args, kwargs)
         known = self.facts.inversion(self.key)
-        self.state = CallState(self, self.module)
+        self.state = CallState(self, (self.module,), self.facts)
 
         def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
             return self._forward_branch(child, proceed, a, k, recording=known is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from types import CodeType
 from typing import NamedTuple, Protocol
 
 from torch import nn
@@ -50,11 +51,15 @@ _UNKNOWN = Draws()
 
 
 class Facts:
-    """What the calls of one module have shown so far; the worst is assumed of what was never seen."""
+    """What the calls of one module, or of one piece of code, have shown so far.
 
-    __slots__ = ("_draws", "_inversions", "kept", "looks", "writes_input", "writes_parameters")
+    The worst is assumed of what was never seen. ``many``: the code runs many modules, each of which may draw.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_draws", "_inversions", "_many", "kept", "looks", "writes_input", "writes_parameters")
+
+    def __init__(self, *, many: bool = False) -> None:
+        self._many = many
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
@@ -68,6 +73,9 @@ class Facts:
 
     def learn_draws(self, training: bool, draws: Draws) -> None:
         """Remember what a call has shown."""
+        if self._many and training in self._draws:
+            known = self._draws[training]
+            draws = Draws(known.inside | draws.inside, known.outside or draws.outside)
         self._draws[training] = draws
 
     def inversion(self, key: object) -> Inversion | None:
@@ -92,14 +100,14 @@ class Facts:
             warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
 
 
-_facts: weakref.WeakKeyDictionary[nn.Module, Facts] = weakref.WeakKeyDictionary()
+_facts: weakref.WeakKeyDictionary[nn.Module | CodeType, Facts] = weakref.WeakKeyDictionary()
 
 
-def facts_of(module: nn.Module) -> Facts:
-    """The facts about a module, for as long as it lives."""
-    facts = _facts.get(module)
+def facts_of(subject: nn.Module | CodeType, *, many: bool = False) -> Facts:
+    """The facts about a module or code, for as long as it lives."""
+    facts = _facts.get(subject)
     if facts is None:
-        facts = _facts[module] = Facts()
+        facts = _facts[subject] = Facts(many=many)
     return facts
 
 

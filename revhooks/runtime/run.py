@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
@@ -23,6 +25,7 @@ from .handle import Handle, LeafHandle, ViewHandle
 from .local import LOCAL
 from .opaque import OpaqueFrame
 from .plan import Predicate
+from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
 from .tree import tensors_of
 from .value import Value
@@ -66,23 +69,56 @@ class Run:
         kwargs: dict[str, Any],
     ) -> Any:
         """Call a registered method inside a frame; plainly where there is nothing to save."""
-        if (
+        if self._is_plain(args, kwargs) or (self._keep is not None and self._keep(module)):
+            return original(module, *args, **kwargs)
+        knows_law = isinstance(module, Coupling) and entry.cls is Coupling
+        self._count += 1
+        frame: Frame = CouplingFrame(self, module) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
+        return self._open(frame, original, args, kwargs)
+
+    def invert(self, region: Region, inverse: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function inside a frame that is inverted in backward."""
+        with self._packing():
+            if self._is_plain(args, kwargs):
+                return region.call(*args, **kwargs)
+            entry = Registration(None, lambda _, *given, **more: inverse(*given, **more))
+            self._count += 1
+            frame = OpaqueFrame(self, region.module(), entry, region.facts)
+            return self._open(frame, lambda _, *given, **more: region.call(*given, **more), args, kwargs)
+
+    def _packing(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes sure that what is saved comes to us."""
+        return saved_tensors_hooks(self.pack, self.unpack) if self._shadowed() else contextlib.nullcontext()
+
+    def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call needs no frame that is inverted: there is nothing to save, or not for us."""
+        return (
             LOCAL.sink is not None
+            or LOCAL.filling is not None
             or not torch.is_grad_enabled()
             or self._shadowed()
             or torch._C._functorch.peek_interpreter_stack() is not None
-            or (self._keep is not None and self._keep(module))
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
-        ):
-            return original(module, *args, **kwargs)
+        )
+
+    def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.release_newest()
-        self._count += 1
-        knows_law = isinstance(module, Coupling) and entry.cls is Coupling
-        frame: Frame = CouplingFrame(self, module) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
         self._frames.add(frame)
         result = frame.call(original, args, kwargs)
         self._newest = weakref.ref(frame)
         return result
+
+    def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function inside a frame that is run again in backward."""
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return region.call(*args, **kwargs)
+        with self._packing():
+            if LOCAL.sink is None and LOCAL.filling is None:
+                self.release_newest()
+            self._count += 1
+            frame = ReplayFrame(self, region)
+            self._frames.add(frame)
+            return frame.call(region.call, args, kwargs)
 
     def _shadowed(self) -> bool:
         """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
@@ -98,7 +134,8 @@ class Run:
     def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
         path = self._name_of(module) if self._name_of is not None else ""
-        return f"{path} ({type(module).__name__})" if path else f"block {ordinal} ({type(module).__name__})"
+        name = module.function if isinstance(module, FunctionModule) else type(module).__name__
+        return f"{path} ({name})" if path else f"block {ordinal} ({name})"
 
     def name_blocks(self, name_of: Callable[[nn.Module], str]) -> None:
         """Call blocks by their module paths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +15,7 @@ from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 from ..errors import ModifiedError, ReplayError, explain
 from ..storage import is_leaf, is_opaque
 from .handle import SlotHandle
+from .local import LOCAL
 from .value import modified
 
 if TYPE_CHECKING:
@@ -138,6 +140,10 @@ class Slots:
             self._ledger.packed -= self._packed
             self._packed = 0
 
+    def latest(self) -> int | None:
+        """The place of what was saved last, of what a replay can bring back."""
+        return next((i for i in reversed(range(len(self._keys))) if self._alive[i] and self.tensors[i] is not None), None)
+
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
         return [tensor for tensor, key in zip(self.tensors, self._keys, strict=False) if key and tensor is not None]
@@ -176,14 +182,37 @@ class Slots:
             saved.append(detached)
             return detached
 
-        push_hooks(pack, _identity)
-        try:
-            result = call()
-        finally:
-            pop_hooks()
+        result = self._record(call, pack)
         self.transient = transient
         self._accept(saved)
         return result
+
+    def fill_and_stop(self, call: Callable[[], object], *, transient: bool) -> None:
+        """The same; the replay ends as soon as the last slot is there."""
+        saved: list[Tensor] = []
+        last = len(self._looks)
+
+        def pack(tensor: Tensor) -> Tensor:
+            detached = tensor.detach()
+            saved.append(detached)
+            if len(saved) == last:
+                raise _EnoughError
+            return detached
+
+        with contextlib.suppress(_EnoughError):
+            self._record(call, pack)
+        self.transient = transient
+        self._accept(saved)
+
+    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Tensor]) -> _T:
+        frame = self._frame()
+        outer, LOCAL.filling = LOCAL.filling, (frame.run, pack) if frame is not None else None
+        push_hooks(pack, _identity)
+        try:
+            return call()
+        finally:
+            pop_hooks()
+            LOCAL.filling = outer
 
     def _accept(self, saved: list[Tensor]) -> None:
         if len(saved) != len(self._looks):
@@ -244,6 +273,10 @@ class Slots:
 
     def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
         return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+class _EnoughError(BaseException):
+    """Ends a replay; code under replay must not catch it as an error of its own."""
 
 
 _REPEATABLE = "make the branch do the same in every call with the same input, or exclude the block with keep="

@@ -1,0 +1,211 @@
+"""Frames that are run again from their arguments: what is behind `revhooks.checkpoint`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint as torch_checkpoint
+
+from ..storage import version_of
+from .branch import CallState
+from .frame import ARGUMENT, Arguments, Frame
+from .guard import Sample
+from .local import LOCAL, saving_to
+from .plan import Facts, facts_of
+from .slots import Slots
+from .tree import leaves_of, tensors_of
+from .value import Value
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["FunctionModule", "Region", "ReplayFrame"]
+
+
+class Region:
+    """What is to be run again: a function, the modules whose state it depends on, and what is known of it."""
+
+    __slots__ = ("call", "facts", "name", "owned", "roots", "training")
+
+    def __init__(self, fn: Callable[..., Any], args: Any) -> None:
+        self.call = fn
+        owner = _owner_of(fn)
+        self.owned = owner is not None  # else the modules are those that it may call, not those that it does
+        self.roots = [owner] if owner is not None else list(_modules_reached(fn, args))
+        self.name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__qualname__", type(fn).__name__)
+        self.training = owner.training if owner is not None else True
+        self.facts = _facts_about(fn)
+
+    def module(self) -> nn.Module:
+        """The function as a module: the one that it is, or one whose children are those that it may call."""
+        if isinstance(self.call, nn.Module):
+            return self.call
+        module = FunctionModule(self.name)
+        for index, root in enumerate(self.roots):
+            module.add_module(str(index), root)
+        return module
+
+
+class FunctionModule(nn.Module):
+    """Stands for a function."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__()
+        self.function = function
+
+
+def _owner_of(fn: Callable[..., Any]) -> nn.Module | None:
+    candidate = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
+    return candidate if isinstance(candidate, nn.Module) else None
+
+
+def _facts_about(fn: Callable[..., Any]) -> Facts:
+    """Facts live as long as the module or the code; of what cannot be told again nothing is known."""
+    key = fn if isinstance(fn, nn.Module) else getattr(inspect.unwrap(getattr(fn, "__func__", fn)), "__code__", None)
+    return Facts() if key is None else facts_of(key, many=not isinstance(fn, nn.Module))
+
+
+def _modules_reached(fn: Any, args: Any) -> dict[nn.Module, None]:
+    """The modules in a function's closure, globals, defaults and arguments."""
+    found: dict[nn.Module, None] = {}
+    seen: set[int] = set()
+    stack = [fn, args]
+    while stack:
+        thing = stack.pop()
+        if id(thing) in seen or isinstance(thing, Tensor):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, nn.Module):
+            found[thing] = None
+        elif isinstance(thing, (tuple, list, dict)):
+            stack += leaves_of(thing)
+        elif isinstance(thing, functools.partial):
+            stack += [thing.func, thing.args, thing.keywords]
+        elif inspect.ismethod(thing):
+            stack += [thing.__self__, thing.__func__]
+        elif inspect.isfunction(thing):
+            stack += [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
+            stack += [thing.__globals__.get(name) for name in thing.__code__.co_names]
+            stack.append(thing.__defaults__)
+    return found
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+class ReplayFrame(Frame):
+    """One call of a function whose saved tensors are dropped at once, and recomputed from its arguments.
+
+    It may lie in another frame: then its arguments are saved there, as any op saves what it needs, and what it
+    recomputes is not kept while the outer one is recomputed.
+    """
+
+    def __init__(self, run: Run, region: Region) -> None:
+        super().__init__(run, region.facts, training=region.training)
+        self.region = region
+        self.slots = Slots(self, 0)
+        self.held = Arguments(run, (), {})
+        self._watched: int | None = None  # the slot by which a replay is known
+        self._sample: Sample | None = None  # of it
+        self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
+
+    @property
+    def label(self) -> str:
+        """How errors and reports call it."""
+        return f"checkpoint {self.ordinal} ({self.region.name})"
+
+    def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the function, keep its arguments, and let go of what it saved."""
+        tensors = tensors_of((args, kwargs))
+        self.begin(next((t.device for t in tensors), torch.device("cpu")))
+        held = Arguments(self.run, args, kwargs, _outer_save())
+        versions = [version_of(tensor) for tensor in tensors]
+        self.state = CallState(self, self.region.roots, self.region.facts, owned=self.region.owned)
+        with saving_to(self.slots, self, self.facts):
+            output = original(*args, **kwargs)
+        self.state.finish(self.moved)
+        self.end([self.state])
+        if not self.state.foreseen:
+            self.keep("it changed a parameter or buffer that it had not changed before")
+        if [version_of(tensor) for tensor in tensors] != versions:
+            self.keep("it changes its input in place")
+        if not self.slots.intact():
+            self.keep("a tensor that it saved was changed in place")
+        if not self.why_kept:
+            self.held = held
+            self.release()
+        return output
+
+    def release(self) -> None:
+        """Let go of every slot, but for a sample by which the replay is known."""
+        self._watched = self.slots.latest()
+        watched = self._slot_watched
+        self._sample = self.run.guard.sample(watched) if watched is not None else None
+        self.released = True
+        self.slots.release()
+
+    def sources(self) -> list[Value]:
+        """None: it starts from its arguments."""
+        return []
+
+    def rebuild(self, slots: Slots, *, transient: bool) -> None:
+        """Run the function again, until all is there."""
+        self.state.check(self.label)
+        args, kwargs = self.held.again(self.label)
+        self.run.replays.add(self)
+
+        fill = slots.fill_and_stop if self._early_stop else slots.fill
+        self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
+        rebuilt = self._slot_watched
+        if rebuilt is not None:
+            self.verify_replay(self._sample, rebuilt, lambda: self.label)
+
+    @property
+    def _slot_watched(self) -> Tensor | None:
+        return self.slots.tensors[self._watched] if self._watched is not None else None
+
+    def supply(self) -> None:
+        """Nothing before it depends on it."""
+
+    def distrust(self, below: int | None = None) -> None:
+        """A replay is not an inversion."""
+
+    def forget_outputs(self) -> None:
+        """It has none."""
+
+    def purge(self) -> None:
+        """Drop the slots of one pass."""
+        if self.slots.transient:
+            self.slots.release()
+
+    def report(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Arguments, and slots that are kept or rebuilt."""
+        for tensor in self.held.tensors():
+            yield ARGUMENT, self.label, tensor
+        for saved in self.slots.held():
+            yield self.why_kept or "rebuilt for backward", self.label, saved
+
+
+def _outer_save() -> Callable[[Tensor], Any] | None:
+    """How the surrounding frame saves a tensor, if there is one: it is being run, or run again."""
+    sink = LOCAL.sink
+    if sink is not None:
+        slots, frame = sink
+        return lambda tensor: slots.save(tensor, frame).get
+    filling = LOCAL.filling
+    if filling is not None:
+        return lambda tensor: functools.partial(_itself, filling[1](tensor))
+    return None
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

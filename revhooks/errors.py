@@ -5,6 +5,7 @@
     RevhooksError
     ├── RegistrationError (TypeError)    a class or an inverse that cannot be registered
     ├── ShapeError        (ValueError)   an input, or what a branch returned, does not fit its layer
+    ├── GridError         (OverflowError) a stream that is too large for its grid
     ├── TargetError       (ValueError)   a command-line target that cannot be loaded or run
     └── BackwardError     (RuntimeError)
         ├── InversionError               an inverse that is missing, ill-formed, or not an inverse
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "BackwardError",
     "FallbackWarning",
+    "GridError",
     "InversionError",
     "ModifiedError",
     "RegistrationError",
@@ -42,6 +44,10 @@ class RegistrationError(RevhooksError, TypeError):
 
 class ShapeError(RevhooksError, ValueError):
     """A tensor whose shape or dtype does not fit the layer that got it."""
+
+
+class GridError(RevhooksError, OverflowError):
+    """A stream that has left the range in which sums on its grid are exact."""
 
 
 class TargetError(RevhooksError, ValueError):

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .errors import ShapeError, explain
 
-__all__ = ["ADDITIVE", "SCALES", "Law", "additive", "additive_inverse", "affine_law"]
+__all__ = ["ADDITIVE", "SCALES", "Law", "additive", "additive_inverse", "affine_law", "sum_per_sample", "wide"]
 
 
 class Law(NamedTuple):
@@ -29,11 +30,34 @@ class Law(NamedTuple):
         forward: ``y = forward(x, u)``.
         inverse: ``x = inverse(y, u)``.
         saves: whether the ops of ``forward`` save tensors for backward.
+        log_det: ``log|det dy/dx|`` of each sample from ``(x, u)``, of shape ``(B,)``; ``None`` where it is not known.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     inverse: Callable[[Tensor, Tensor], Tensor]
     saves: bool = True
+    log_det: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over a sample are made in: at least float32.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def sum_per_sample(x: Tensor) -> Tensor:
+    """The sum over all dimensions but the first: ``(B, *)`` to ``(B,)``, in at least float32.
+
+    Example:
+        >>> sum_per_sample(torch.ones(2, 3, 4))
+        tensor([12., 12.])
+    """
+    dtype = wide(x.dtype)
+    return x.flatten(1).sum(1, dtype=dtype) if x.dim() > 1 else x.to(dtype)
 
 
 def additive(x: Tensor, u: Tensor) -> Tensor:
@@ -56,13 +80,23 @@ def additive_inverse(y: Tensor, u: Tensor) -> Tensor:
     return y - u
 
 
-ADDITIVE = Law(additive, additive_inverse, saves=False)
+def _keeps_volume(x: Tensor, _: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+
+
+ADDITIVE = Law(additive, additive_inverse, saves=False, log_det=_keeps_volume)
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     # log-scales to positive factors; the inverse divides by the same factor
     "exp": torch.exp,
     "sigmoid": lambda raw: torch.sigmoid(raw + 2.0),
     "tanh": lambda raw: torch.exp(torch.tanh(raw)),
+}
+
+_LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": lambda raw: raw,
+    "sigmoid": lambda raw: logsigmoid(raw + 2.0),
+    "tanh": torch.tanh,
 }
 
 
@@ -109,4 +143,7 @@ def affine_law(scale: str = "tanh", dim: int = 1) -> Law:
         raw, shift = halves(y, u)
         return (y - shift) / factor(raw)
 
-    return Law(forward, inverse)
+    def log_det(x: Tensor, u: Tensor) -> Tensor:
+        return sum_per_sample(_LOG_SCALES[scale](halves(x, u)[0]))
+
+    return Law(forward, inverse, log_det=log_det)

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import RevhooksError, ShapeError, explain
-from ..functional import ADDITIVE, Law, affine_law
+from ..errors import RegistrationError, RevhooksError, ShapeError, explain
+from ..functional import ADDITIVE, Law, affine_law, wide
 from ..storage import compact
+from .flow import invertible_with_ladj
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Step"]
 
@@ -65,6 +66,20 @@ class Step(NamedTuple):
             ShapeError: the update does not fit the stream.
         """
         return self._fit(self.law.inverse, target, update)
+
+    def log_det(self, target: Tensor, update: Tensor) -> Tensor:
+        """How the step changes volume at the target stream before it: ``(B,)``.
+
+        Raises:
+            RegistrationError: the law does not say.
+        """
+        if self.law.log_det is None:
+            raise RegistrationError(
+                explain(
+                    "law of a coupling", expected="a Law with log_det=", got="none", remedy="give it, or call forward instead"
+                )
+            )
+        return self.law.log_det(target, update)
 
     def _fit(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
         try:
@@ -176,6 +191,32 @@ class Coupling(nn.Module):
             update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
             streams[step.target] = step.undo(streams[step.target], update)
         return self.join(streams)
+
+    @invertible_with_ladj
+    def call_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`forward`, and ``log|det dy/dx|`` from the same evaluation of the branches.
+
+        Returns:
+            The output, and the log-abs-det of each sample, of shape ``(B,)``.
+
+        Raises:
+            ShapeError: as in `forward`, or the streams are split along the batch.
+            RegistrationError: a law has no ``log_det``.
+        """
+        streams = self.split(x)
+        if self.dim % x.dim() == 0:
+            raise self._cannot_split("streams that are not split along the batch", f"dim={self.dim}")
+        ladj = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+        for step in self.steps():
+            before = streams[step.target]
+            update = step.evaluate(streams[step.source], before, args, kwargs)
+            streams[step.target] = step.apply(before, update)
+            ladj = ladj + step.log_det(before, update)
+        return self.join(streams), ladj
+
+    def log_det(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``log|det dy/dx|`` of each sample, of shape ``(B,)``; raises as `call_and_ladj`."""
+        return self.call_and_ladj(x, *args, **kwargs)[1]
 
     def extra_repr(self) -> str:
         """How the input is split."""

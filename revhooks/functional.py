@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from .errors import ShapeError, explain
 
@@ -29,6 +30,8 @@ __all__ = [
     "grid_law",
     "grid_limit",
     "round_to_grid",
+    "sum_per_sample",
+    "wide",
 ]
 
 
@@ -39,13 +42,36 @@ class Law(NamedTuple):
         forward: ``y = forward(x, u)``.
         inverse: ``x = inverse(y, u)``.
         saves: whether the ops of ``forward`` save tensors for backward.
+        log_det: ``log|det dy/dx|`` of each sample from ``(x, u)``, of shape ``(B,)``; ``None`` where it is not known.
         grid_bits: streams lie on multiples of ``2**-grid_bits``, and the inverse is exact there; ``None`` for no grid.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     inverse: Callable[[Tensor, Tensor], Tensor]
     saves: bool = True
+    log_det: Callable[[Tensor, Tensor], Tensor] | None = None
     grid_bits: int | None = None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over a sample are made in: at least float32.
+
+    Example:
+        >>> wide(torch.bfloat16), wide(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def sum_per_sample(x: Tensor) -> Tensor:
+    """The sum over all dimensions but the first: ``(B, *)`` to ``(B,)``, in at least float32.
+
+    Example:
+        >>> sum_per_sample(torch.ones(2, 3, 4))
+        tensor([12., 12.])
+    """
+    dtype = wide(x.dtype)
+    return x.flatten(1).sum(1, dtype=dtype) if x.dim() > 1 else x.to(dtype)
 
 
 def additive(x: Tensor, u: Tensor) -> Tensor:
@@ -68,13 +94,23 @@ def additive_inverse(y: Tensor, u: Tensor) -> Tensor:
     return y - u
 
 
-ADDITIVE = Law(additive, additive_inverse, saves=False)
+def _keeps_volume(x: Tensor, _: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+
+
+ADDITIVE = Law(additive, additive_inverse, saves=False, log_det=_keeps_volume)
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     # log-scales to positive factors; the inverse divides by the same factor
     "exp": torch.exp,
     "sigmoid": lambda raw: torch.sigmoid(raw + 2.0),
     "tanh": lambda raw: torch.exp(torch.tanh(raw)),
+}
+
+_LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": lambda raw: raw,
+    "sigmoid": lambda raw: logsigmoid(raw + 2.0),
+    "tanh": torch.tanh,
 }
 
 
@@ -121,7 +157,10 @@ def affine_law(scale: str = "tanh", dim: int = 1) -> Law:
         raw, shift = halves(y, u)
         return (y - shift) / factor(raw)
 
-    return Law(forward, inverse)
+    def log_det(x: Tensor, u: Tensor) -> Tensor:
+        return sum_per_sample(_LOG_SCALES[scale](halves(x, u)[0]))
+
+    return Law(forward, inverse, log_det=log_det)
 
 
 # -- exact streams
@@ -157,7 +196,7 @@ class _Round(torch.autograd.Function):
         return x.to(dtype).add(shift).sub_(shift)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         ctx.dtype = inputs[0].dtype
 
     @staticmethod
@@ -165,7 +204,7 @@ class _Round(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(_: Any, tangent: Tensor, *__: None) -> Tensor:
         return tangent
 
 
@@ -202,11 +241,14 @@ def grid_law(bits: int) -> Law:
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 40:
         raise ShapeError(
-            explain("grid_bits", expected="an integer from 0 to 40", got=repr(bits), remedy="12 suits streams of order 1 in float32")
+            explain(
+                "grid_bits", expected="an integer from 0 to 40", got=repr(bits), remedy="12 suits streams of order 1 in float32"
+            )
         )
     return Law(
         lambda x, u: x + round_to_grid(u, bits, x.dtype),
         lambda y, u: y - round_to_grid(u, bits, y.dtype),
         saves=False,
+        log_det=_keeps_volume,
         grid_bits=bits,
     )

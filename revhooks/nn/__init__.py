@@ -1,9 +1,42 @@
 """Invertible layers. Each trains in plain autograd too; the runtime is never imported from here."""
 
 from ..registry import register
+from .activation import LeakyReLU, Logit, Sigmoid, SinhArcsinh, Softplus, Tanh
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
+from .flow import Flow, FlowSequential, MultiScale
+from .mixing import ActNorm, InvertibleConv1x1, InvertibleLinear, Permute
+from .resampling import HaarDownsampling, HaarUpsampling, OrthogonalDownsampling, OrthogonalUpsampling
+from .reshape import Flatten, Pad, Reshape, Squeeze, Unsqueeze
 from .sequential import ReversibleSequential
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleSequential", "Step"]
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "Flatten",
+    "Flow",
+    "FlowSequential",
+    "HaarDownsampling",
+    "HaarUpsampling",
+    "InvertibleConv1x1",
+    "InvertibleLinear",
+    "LeakyReLU",
+    "Logit",
+    "MultiScale",
+    "OrthogonalDownsampling",
+    "OrthogonalUpsampling",
+    "Pad",
+    "Permute",
+    "Reshape",
+    "ReversibleSequential",
+    "Sigmoid",
+    "SinhArcsinh",
+    "Softplus",
+    "Squeeze",
+    "Step",
+    "Tanh",
+    "Unsqueeze",
+]
 
 register(Coupling, inverse="inverse")

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import RevhooksError, ShapeError, explain
-from ..functional import ADDITIVE, Law, affine_law
+from ..errors import GridError, RegistrationError, RevhooksError, ShapeError, explain
+from ..functional import ADDITIVE, Law, affine_law, grid_law, grid_limit, round_to_grid, wide
 from ..storage import compact
+from .flow import invertible_with_ladj
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "Step"]
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "RangeWatch", "Step"]
 
 
 class Step(NamedTuple):
@@ -66,6 +67,20 @@ class Step(NamedTuple):
         """
         return self._fit(self.law.inverse, target, update)
 
+    def log_det(self, target: Tensor, update: Tensor) -> Tensor:
+        """How the step changes volume at the target stream before it: ``(B,)``.
+
+        Raises:
+            RegistrationError: the law does not say.
+        """
+        if self.law.log_det is None:
+            raise RegistrationError(
+                explain(
+                    "law of a coupling", expected="a Law with log_det=", got="none", remedy="give it, or call forward instead"
+                )
+            )
+        return self.law.log_det(target, update)
+
     def _fit(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
         try:
             result: Tensor = law(target, update)
@@ -90,6 +105,55 @@ class Step(NamedTuple):
         )
 
 
+class RangeWatch:
+    """Sees that streams on a grid stay where sums on it are exact.
+
+    On a CPU every stream is looked at when it comes; on an accelerator the extremes are read once, when all have come.
+    """
+
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self._bits = coupling.grid_bits
+        self._extremes: list[tuple[int, torch.dtype, Tensor]] = []
+
+    def see(self, index: int, stream: Tensor) -> None:
+        """A stream after step ``index``.
+
+        Raises:
+            GridError: it is out of range.
+        """
+        if self._bits is None or stream.is_meta:
+            return
+        extreme = torch.stack(torch.aminmax(stream.detach())).abs_().max()
+        if stream.device.type == "cpu":
+            self._judge(index, stream.dtype, float(extreme))
+        else:
+            self._extremes.append((index, stream.dtype, extreme))
+
+    def close(self) -> None:
+        """All streams have come.
+
+        Raises:
+            GridError: one was out of range.
+        """
+        if self._extremes:
+            values = torch.stack([extreme.float() for _, _, extreme in self._extremes]).tolist()
+            for (index, dtype, _), value in zip(self._extremes, values, strict=True):
+                self._judge(index, dtype, value)
+
+    def _judge(self, index: int, dtype: torch.dtype, value: float) -> None:
+        limit = grid_limit(dtype, self._bits or 0)
+        if value >= limit:
+            raise GridError(
+                explain(
+                    f"{type(self._coupling).__name__}, step {index}",
+                    expected=f"streams below {limit:g} in magnitude, where a grid of 2**-{self._bits} is exact in {dtype}",
+                    got=f"{value:g}",
+                    remedy="choose a smaller grid_bits, a wider dtype, or normalise the branches",
+                )
+            )
+
+
 class Coupling(nn.Module):
     """A chain of steps over two streams: the base of every coupling.
 
@@ -98,9 +162,10 @@ class Coupling(nn.Module):
     Args:
         dim: the dimension along which the input is split into two streams.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
+        grid_bits: streams are rounded to multiples of ``2**-grid_bits`` as they come in (`revhooks.functional.grid_law`).
     """
 
-    def __init__(self, *, dim: int = 1, sizes: tuple[int, int] | None = None) -> None:
+    def __init__(self, *, dim: int = 1, sizes: tuple[int, int] | None = None, grid_bits: int | None = None) -> None:
         super().__init__()
         if sizes is not None and (len(sizes) != 2 or min(sizes) < 1):
             raise ShapeError(
@@ -113,6 +178,7 @@ class Coupling(nn.Module):
             )
         self.dim = dim
         self.sizes = sizes
+        self.grid_bits = grid_bits
 
     def steps(self) -> Sequence[Step]:
         """The steps, in the order of forward."""
@@ -134,7 +200,10 @@ class Coupling(nn.Module):
             raise self._cannot_split(f"an even size along dim {self.dim}", f"shape {tuple(x.shape)}")
         if sum(sizes) != width:
             raise self._cannot_split(f"{sum(sizes)} = {sizes[0]} + {sizes[1]} along dim {self.dim}", f"shape {tuple(x.shape)}")
-        return [compact(stream) for stream in x.split(sizes, self.dim)]
+        streams = x.split(sizes, self.dim)
+        if self.grid_bits is not None:
+            return [round_to_grid(stream, self.grid_bits) for stream in streams]
+        return [compact(stream) for stream in streams]
 
     def _cannot_split(self, expected: str, got: str) -> ShapeError:
         return ShapeError(
@@ -158,11 +227,14 @@ class Coupling(nn.Module):
 
         Raises:
             ShapeError: the input cannot be split, or a branch's output does not fit its stream.
+            GridError: with ``grid_bits``, a stream has left the range in which the grid is exact.
         """
-        streams = self.split(x)
-        for step in self.steps():
+        streams, watch = self.split(x), RangeWatch(self)
+        for index, step in enumerate(self.steps()):
             update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
             streams[step.target] = step.apply(streams[step.target], update)
+            watch.see(index, streams[step.target])
+        watch.close()
         return self.join(streams)
 
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,9 +249,36 @@ class Coupling(nn.Module):
             streams[step.target] = step.undo(streams[step.target], update)
         return self.join(streams)
 
+    @invertible_with_ladj
+    def call_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`forward`, and ``log|det dy/dx|`` from the same evaluation of the branches.
+
+        Returns:
+            The output, and the log-abs-det of each sample, of shape ``(B,)``.
+
+        Raises:
+            ShapeError: as in `forward`, or the streams are split along the batch.
+            RegistrationError: a law has no ``log_det``.
+        """
+        streams = self.split(x)
+        if self.dim % x.dim() == 0:
+            raise self._cannot_split("streams that are not split along the batch", f"dim={self.dim}")
+        ladj = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+        for step in self.steps():
+            before = streams[step.target]
+            update = step.evaluate(streams[step.source], before, args, kwargs)
+            streams[step.target] = step.apply(before, update)
+            ladj = ladj + step.log_det(before, update)
+        return self.join(streams), ladj
+
+    def log_det(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``log|det dy/dx|`` of each sample, of shape ``(B,)``; raises as `call_and_ladj`."""
+        return self.call_and_ladj(x, *args, **kwargs)[1]
+
     def extra_repr(self) -> str:
-        """How the input is split."""
-        return f"dim={self.dim}" + (f", sizes={self.sizes}" if self.sizes else "")
+        """How the input is split, and the grid."""
+        grid = f", grid_bits={self.grid_bits}" if self.grid_bits is not None else ""
+        return f"dim={self.dim}" + (f", sizes={self.sizes}" if self.sizes else "") + grid
 
 
 class AdditiveCoupling(Coupling):
@@ -190,12 +289,16 @@ class AdditiveCoupling(Coupling):
         g: maps the first stream to the shape of the second.
         dim: the dimension along which the input is split.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
+        grid_bits: streams and what is added to them are rounded to multiples of ``2**-grid_bits``, so that the inverse is
+            exact to the last bit and gradients under ``reversible()`` are those of plain autograd, however deep the net. In
+            float32 streams must stay below ``2**(24 - grid_bits)``; branches may compute in a narrower dtype.
 
     Shape:
         Input and output ``(*)``, equal; any number of dimensions, any floating dtype.
 
     Raises:
-        ShapeError: shapes do not fit (on the call).
+        ShapeError: shapes do not fit (on the call), or ``grid_bits`` is out of bounds.
+        GridError: a stream has left the range of its grid (on the call).
 
     References:
         Gomez et al., 2017, arXiv:1707.04585, eq. 6-7.
@@ -207,14 +310,23 @@ class AdditiveCoupling(Coupling):
         True
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, *, dim: int = 1, sizes: tuple[int, int] | None = None) -> None:
-        super().__init__(dim=dim, sizes=sizes)
+    def __init__(
+        self,
+        f: nn.Module,
+        g: nn.Module,
+        *,
+        dim: int = 1,
+        sizes: tuple[int, int] | None = None,
+        grid_bits: int | None = None,
+    ) -> None:
+        super().__init__(dim=dim, sizes=sizes, grid_bits=grid_bits)
         self.f = f
         self.g = g
+        self.law()  # grid_bits out of bounds are refused here, not at the first call
 
     def law(self) -> Law:
         """How a stream changes."""
-        return ADDITIVE
+        return ADDITIVE if self.grid_bits is None else grid_law(self.grid_bits)
 
     def steps(self) -> Sequence[Step]:
         """First ``f`` into the first stream, then ``g`` into the second."""
@@ -222,7 +334,7 @@ class AdditiveCoupling(Coupling):
         return Step(self.f, 1, 0, law), Step(self.g, 0, 1, law)
 
 
-class AffineCoupling(AdditiveCoupling):
+class AffineCoupling(Coupling):
     """``y1 = x1 * factor(r1) + t1`` with ``r1, t1 = f(x2)``, and the same for ``y2`` from ``g(y1)``.
 
     Args:
@@ -258,13 +370,20 @@ class AffineCoupling(AdditiveCoupling):
         sizes: tuple[int, int] | None = None,
         scale: str = "tanh",
     ) -> None:
-        super().__init__(f, g, dim=dim, sizes=sizes)
+        super().__init__(dim=dim, sizes=sizes)
         affine_law(scale, dim)  # an unknown scale is refused here, not at the first call
+        self.f = f
+        self.g = g
         self.scale = scale
 
     def law(self) -> Law:
         """How a stream changes."""
         return affine_law(self.scale, self.dim)
+
+    def steps(self) -> Sequence[Step]:
+        """First ``f`` into the first stream, then ``g`` into the second."""
+        law = self.law()
+        return Step(self.f, 1, 0, law), Step(self.g, 0, 1, law)
 
     def extra_repr(self) -> str:
         """How the input is split, and the scale."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..errors import RegistrationError, ShapeError, explain
-from ..functional import ADDITIVE, Law, affine_law
+from ..functional import ADDITIVE, Law, affine_law, grid_law
 from .coupling import Coupling, Step
 
 __all__ = ["ReversibleSequential"]
@@ -25,13 +25,15 @@ class ReversibleSequential(Coupling):
         sizes: the two sizes along ``dim``; equal halves when ``None``.
         coupling: ``"additive"``, ``"affine"`` (each branch returns log-scales and shifts), or a
             `revhooks.functional.Law`.
+        grid_bits: exact streams, as in `AdditiveCoupling`.
 
     Shape:
         Input and output ``(*)``, equal; any number of dimensions, any floating dtype.
 
     Raises:
         RegistrationError: a branch is not a module.
-        ShapeError: ``coupling`` is unknown, or shapes do not fit (on the call).
+        ShapeError: ``coupling`` is unknown or has no grid, or shapes do not fit (on the call).
+        GridError: a stream has left the range of its grid (on the call).
 
     References:
         Gomez et al., 2017, arXiv:1707.04585, section 3.2.
@@ -50,8 +52,11 @@ class ReversibleSequential(Coupling):
         dim: int = 1,
         sizes: tuple[int, int] | None = None,
         coupling: str | Law = "additive",
+        grid_bits: int | None = None,
     ) -> None:
-        super().__init__(dim=dim, sizes=sizes)
+        if isinstance(coupling, Law) and grid_bits is None:
+            grid_bits = coupling.grid_bits
+        super().__init__(dim=dim, sizes=sizes, grid_bits=grid_bits)
         if isinstance(coupling, str) and coupling not in ("additive", "affine"):
             raise ShapeError(
                 explain(
@@ -61,7 +66,20 @@ class ReversibleSequential(Coupling):
                     remedy="pick one of these",
                 )
             )
-        self.coupling = coupling
+        if (
+            grid_bits is not None
+            and coupling != "additive"
+            and not (isinstance(coupling, Law) and coupling.grid_bits == grid_bits)
+        ):
+            raise ShapeError(
+                explain(
+                    "grid_bits",
+                    expected="an additive coupling, whose sums are exact on a grid",
+                    got=repr(coupling),
+                    remedy="leave coupling out, or pass revhooks.functional.grid_law(bits)",
+                )
+            )
+        self.coupling = grid_law(grid_bits) if grid_bits is not None else coupling
         self._count = 0
         for fn in fns:
             self.append(fn)

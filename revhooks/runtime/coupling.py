@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..nn.coupling import Coupling, Step
+from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, storage_key, version_of, version_probe
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
@@ -61,7 +61,7 @@ class _Branch:
         self.source: Held | None = None  # a copy, where the branch changes its input in place
         self.sample: Sample | None = None  # of the stream before the step
         self.output: Sample | None = None  # of what the branch computed, where nothing is inverted that would show an error
-        if index in frame.facts.kept or (frame.is_chain and has_exact_zeros(target)):
+        if index in frame.facts.kept or (frame.is_chain and step.law.grid_bits is None and has_exact_zeros(target)):
             self.target = Held(frame.run.ledger, target.detach())
         elif not (self.first and frame.has_head) and (frame.ordinal + index + index // 2) % 2 == 0:  # either stream by turns
             self.sample = frame.run.guard.sample(target)
@@ -142,11 +142,14 @@ class CouplingFrame(ModuleFrame):
         steps = self.module.steps()
         untouched = streams[-1].detach()  # of a block, what its first branch gets
         self.is_chain = len(steps) > 2  # each step is what a block is elsewhere: kept until the next one opens
+        watch = RangeWatch(self.module)
         try:
             for index, step in enumerate(steps):
                 if index and self.is_chain:
                     self._release_before(index, streams)
                 self._forward_step(index, step, streams, args, kwargs)
+                watch.see(index, streams[step.target])
+            watch.close()
         finally:
             LOCAL.sink = None
         y = self.module.join(streams)
@@ -156,11 +159,12 @@ class CouplingFrame(ModuleFrame):
         self._input_key = 0
         if y.requires_grad:
             self.output = Value(self.run, y, ANCHOR, self.label)
+            self.output.grid_bits = self.module.grid_bits
         return y
 
     def _open(self, x: Tensor, streams: list[Tensor]) -> None:
         self.sizes = [stream.shape[self.module.dim] for stream in streams]
-        if self.link(x) is None:
+        if self.link(x, self.module.grid_bits) is None:
             self._head = Head(self.run, x)
         self._input_key = storage_key(x)
         if not x.is_inference() and any(storage_key(stream) == self._input_key for stream in streams):
@@ -370,7 +374,7 @@ class CouplingFrame(ModuleFrame):
             self.verify_replay(branch.output, update, lambda: branch.label(self))
         if previous is None:
             previous = self._hold(restride(self._under_modes(step.undo, target, update), branch.strides[1]))
-            self._guard(branch, previous.tensor)
+            self._guard(branch, previous.tensor, target)
         if fill and branch.glue is not None and branch.glue.live:
             self._refill_glue(branch, branch.glue, previous.tensor, update, transient=cursor.transient)
         cursor.streams[step.target] = previous
@@ -416,7 +420,7 @@ class CouplingFrame(ModuleFrame):
 
         branch.state.repeat(call, grad=True)
 
-    def _guard(self, branch: _Branch, previous: Tensor) -> None:
+    def _guard(self, branch: _Branch, previous: Tensor, after: Tensor) -> None:
         if branch.sample is None:
             return
         facts, run = self.facts, self.run
@@ -426,7 +430,7 @@ class CouplingFrame(ModuleFrame):
             if below:
                 run.distrust(self, branch.index)
 
-        run.guard.check(branch.sample, previous, self.bounds(previous), lambda: branch.label(self), fallback, run.at_end)
+        run.guard.check(branch.sample, previous, self.bounds(previous), lambda: branch.label(self), fallback, run.at_end, after)
 
     def distrust(self, below: int | None = None) -> None:
         """Keep every step (before ``below``) from the next call on."""

@@ -222,12 +222,19 @@ class Frame(abc.ABC):
         """Stay as it is until backward, and say why."""
         self.why_kept = why
 
-    def link(self, tensor: Tensor) -> Value | None:
-        """The earlier frame's output that ``tensor`` is, if this frame is to give it back."""
-        value = None if has_exact_zeros(tensor) else self.run.output_value(tensor)
-        if value is not None:
-            value.consumer = self
-            self.inputs.append(weakref.ref(value))
+    def link(self, tensor: Tensor, grid_bits: int | None = None) -> Value | None:
+        """The earlier frame's output that ``tensor`` is, if this frame is to give it back.
+
+        A frame on a grid gives back what lies on that grid, zeros included.
+        """
+        value = self.run.output_value(tensor)
+        if value is None:
+            return None
+        exact = value.grid_bits is not None and grid_bits is not None and value.grid_bits <= grid_bits
+        if not exact and (grid_bits is not None or has_exact_zeros(tensor)):
+            return None
+        value.consumer = self
+        self.inputs.append(weakref.ref(value))
         return value
 
     def release_inputs(self) -> None:

@@ -78,6 +78,7 @@ class _Pending(NamedTuple):
     bounds: tuple[float, float]
     label: Callable[[], str]
     fallback: Fallback | None  # None: nothing was inverted, the replay itself is checked
+    source: Tensor | None  # what it was rebuilt from, or a sample of it
 
 
 class Guard:
@@ -125,8 +126,9 @@ class Guard:
         label: Callable[[], str],
         fallback: Fallback | None,
         defer: Callable[[Callable[[], None]], bool],
+        source: Tensor | None = None,
     ) -> None:
-        """Compare a reconstruction, or without ``fallback`` a replay, with its sample.
+        """Compare a reconstruction from ``source``, or without ``fallback`` a replay, with its sample.
 
         Raises:
             ReplayError: a replay computes something else than forward did.
@@ -135,8 +137,10 @@ class Guard:
         if sample is None:
             return
         values = rebuilt.detach() if sample.places is None else rebuilt.detach().take(sample.places)
-        pending = _Pending(values, sample.values, bounds, label, fallback)
+        pending = _Pending(values, sample.values, bounds, label, fallback, source)
         if rebuilt.device.type != "cpu":
+            if source is not None:
+                pending = pending._replace(source=source.detach().reshape(-1)[:SAMPLES].clone())
             self._pending.append(pending)
             if len(self._pending) > 1 or defer(self.settle):
                 return
@@ -157,7 +161,9 @@ class Guard:
         if error > self.worst:
             self.worst = WorstError(error, pending.label())
         mild, gross = pending.bounds
-        if error <= mild or self.mode == "measure" or math.isinf(error):
+        if error <= mild or self.mode == "measure":
+            return
+        if math.isinf(error) and pending.source is not None and not bool(pending.source.isfinite().all()):
             # what overflowed cannot be rebuilt; its gradients are not finite, as in plain autograd
             return
         if error > gross or self.mode == "raise":

@@ -415,7 +415,8 @@ class OpaqueFrame(ModuleFrame):
             if below:
                 run.distrust(self, 0)
 
-        run.guard.check(sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end)
+        source = self.outputs[0].tensor() if self.outputs else None
+        run.guard.check(sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end, source)
 
     def distrust(self, below: int | None = None) -> None:
         """Replay it from the next call on."""

@@ -81,6 +81,7 @@ class Value:
         "_tensor_version",
         "consumer",
         "dtype",
+        "grid_bits",
         "key",
         "pinned",
         "run",
@@ -98,6 +99,7 @@ class Value:
         self.why = why
         self.what = what
         self.consumer: Frame | None = None
+        self.grid_bits: int | None = None  # its elements are multiples of 2**-grid_bits
         self.pinned = False  # a handle needs it
         self._packed = 0
         self._tensor: Tensor | None = detached

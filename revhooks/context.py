@@ -34,6 +34,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     Args:
         keep: blocks to leave as they are: a class, a tuple of classes, or a predicate of a module.
+        ops: drop what cheap operations (activations, normalisations, products, casts) make from what is held anyway, and
+            recompute it, bit-equal.
         guard: what a reconstruction that is off does: ``"fallback"`` (mild: the block is kept from the next step on,
             one warning; gross: raise), ``"raise"`` (both raise), ``"off"`` (nothing is checked).
 
@@ -54,18 +56,19 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         True
     """
 
-    def __init__(self, *, keep: Any = (), guard: str = "fallback") -> None:
+    def __init__(self, *, keep: Any = (), ops: bool = True, guard: str = "fallback") -> None:
         if guard not in _GUARDS:
             raise RegistrationError(
                 explain("guard=", expected=f"one of {', '.join(map(repr, _GUARDS))}", got=repr(guard), remedy="pick one of these")
             )
         self._guard = guard
         self._keep = predicate(keep, "keep") if keep else None
+        self._ops = ops
         self._entered: list[tuple[saved_tensors_hooks, Any, Any]] = []
 
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
-        run = Run(guard=self._guard, keep=self._keep)
+        run = Run(guard=self._guard, keep=self._keep, ops=self._ops)
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
         self._entered.append((hooks, ACTIVE.run, LOCAL.sink))
@@ -95,7 +98,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"keep": self._keep or (), "guard": self._guard}
+        return {"keep": self._keep or (), "ops": self._ops, "guard": self._guard}
 
 
 def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] | None = None, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "is_leaf",
     "is_opaque",
     "reserve",
+    "restride",
     "storage_key",
     "version_of",
     "version_probe",
@@ -117,6 +118,21 @@ def version_of(tensor: Tensor) -> int:
 def compact(tensor: Tensor) -> Tensor:
     """``tensor`` itself when contiguous, else a dense copy in its own memory order."""
     return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.preserve_format)
+
+
+def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``tensor`` in the given strides; a copy only when it has others.
+
+    Strides whose elements overlap, as of an expanded tensor, are given back by expanding again.
+    """
+    if tensor.stride() == stride:
+        return tensor
+    if 0 in stride:
+        whole = [slice(0, 1) if not step else slice(None) for step in stride]
+        narrow = restride(tensor[tuple(whole)], tuple(step or 1 for step in stride))
+        return narrow.expand(tensor.size())
+    result = torch.empty_strided(tensor.size(), stride, dtype=tensor.dtype, device=tensor.device)
+    return result.copy_(tensor).data  # of version 0, as something new
 
 
 class Ledger:

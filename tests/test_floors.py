@@ -14,7 +14,7 @@ FLOORS = {
     "errors": 0, "record": 0,
     "storage": 1, "state": 1, "generators": 1,
     "functional": 2,
-    "registry": 3,
+    "registry": 3, "ops": 3,
     "nn": 4,
     "runtime": 5,
     "context": 6,

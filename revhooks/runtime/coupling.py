@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..nn.coupling import Coupling, RangeWatch, Step
-from ..storage import Held, compact, storage_key, version_of, version_probe
+from ..storage import Held, compact, restride, storage_key, version_of, version_probe
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
 from .plan import facts_of
 from .slots import Slots
-from .value import Value, fetch, freed, modified, restride
+from .value import Value, fetch, freed, modified
 
 if TYPE_CHECKING:
     from .run import Run

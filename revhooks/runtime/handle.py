@@ -71,10 +71,10 @@ class SlotHandle:
 class ViewHandle:
     """A view of a Value's memory."""
 
-    __slots__ = ("_geometry", "_value")
+    __slots__ = ("_geometry", "value")
 
     def __init__(self, value: Value, geometry: Geometry) -> None:
-        self._value = value
+        self.value = value
         self._geometry = geometry
 
     def get(self) -> Tensor:
@@ -83,4 +83,4 @@ class ViewHandle:
         Raises:
             ModifiedError: it was modified in place since (Rule 8).
         """
-        return self._value.view(self._geometry)
+        return self.value.view(self._geometry)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
-from ..storage import Geometry, Held, is_opaque, storage_key, version_of, version_probe
+from ..storage import Geometry, Held, is_opaque, restride, storage_key, version_of, version_probe
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Head, ModuleFrame
 from .guard import Sample, relative_error
@@ -22,7 +22,7 @@ from .local import saving_to
 from .plan import Facts, Inversion, facts_of
 from .slots import Slots
 from .tree import leaves_of, map_leaves, map_tensors, tensors_of
-from .value import Value, fetch, freed, modified, restride
+from .value import Value, fetch, freed, modified
 
 if TYPE_CHECKING:
     from .run import Run

@@ -18,6 +18,7 @@ from ..nn.coupling import Coupling
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
+from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
 from .frame import Frame
 from .guard import Guard
@@ -25,6 +26,7 @@ from .handle import Handle, LeafHandle, ViewHandle
 from .local import LOCAL
 from .opaque import OpaqueFrame
 from .plan import Predicate
+from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
 from .tree import tensors_of
@@ -39,7 +41,7 @@ class Run:
     Frames are held by handles in the graph, never by the run: nothing outlives the graph.
     """
 
-    def __init__(self, *, guard: str = "fallback", keep: Predicate | None = None) -> None:
+    def __init__(self, *, guard: str = "fallback", keep: Predicate | None = None, ops: bool = False) -> None:
         self.guard = Guard(guard)
         self.ledger = Ledger()
         self.rng = RngTracker()
@@ -50,6 +52,7 @@ class Run:
         self.second_evaluations = 0
         self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
         self._keep = keep
+        self._ops = ops
         self._count = 0
         self._newest: weakref.ref[Frame] | None = None
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
@@ -148,23 +151,33 @@ class Run:
             return sink[0].save(tensor, sink[1])
         if is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
-        return self._pack_value(tensor)
+        unshared = self._ops and tensor.grad_fn is None and is_unshared(tensor)
+        return self._pack_value(tensor, unshared=unshared)
 
-    def _pack_value(self, tensor: Tensor) -> Handle:
+    def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Handle:
         """A tensor saved outside any frame."""
         value = self.found(tensor)
         if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
-            place = self.place() if self.place is not None else "ordinary layers"
-            value = Value(self, tensor, "saved outside any registered block", place)
-            self._count_packed(value, tensor)
-            return value
-        self._count_packed(value, tensor)
+            value = self._new_value(tensor, unshared=unshared)
+        elif self._ops and not value.pinned:
+            note_output(tensor, value)
+        value.pin(tensor)
+        value.count_packed(tensor)
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def _count_packed(self, value: Value, tensor: Tensor) -> None:
-        value.pin(tensor)
-        value.count_packed(tensor)
+    def _new_value(self, tensor: Tensor, *, unshared: bool) -> Value:
+        """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
+        place = self.place() if self.place is not None else "ordinary layers"
+        base = tensor if tensor._base is None else tensor._base
+        if not self._ops or tensor.nbytes < SMALL or not _covers(base, tensor):
+            return Value(self, tensor, "saved outside any registered block", place)
+        value = Value(self, base, "saved outside any registered block", place)
+        recipe = code_of(self, tensor, place) if unshared else recipe_of(self, base, place)
+        if recipe is not None:
+            value.adopt(recipe)
+        note_output(base, value)
+        return value
 
     @staticmethod
     def unpack(handle: Handle) -> Tensor:
@@ -284,6 +297,17 @@ class Run:
                     seen.add(storage_key(tensor))
                     kept[why, what] = kept.get((why, what), 0) + tensor.untyped_storage().nbytes()
         return [Kept(why, what, nbytes) for (why, what), nbytes in sorted(kept.items(), key=lambda item: -item[1])]
+
+
+def _covers(base: Tensor, tensor: Tensor) -> bool:
+    """Whether ``base`` is all that lies in the tensor's memory."""
+    return (
+        base.dtype is tensor.dtype
+        and not base.storage_offset()
+        and base.nbytes == base.untyped_storage().nbytes()
+        and Geometry.of(base).dense
+        and not is_opaque(base)
+    )
 
 
 class _Counter:

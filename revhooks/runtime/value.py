@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
-from ..storage import Geometry, Held, reserve, storage_key, version_probe
+from ..storage import Geometry, Held, reserve, restride, storage_key, version_probe
 
 if TYPE_CHECKING:
+    from .codes import Code
     from .frame import Frame
+    from .recipe import Recipe
     from .run import Run
 
-__all__ = ["Value", "fetch", "freed", "modified", "restride"]
+__all__ = ["Value", "fetch", "freed", "modified"]
 
 
 def freed(what: str) -> BackwardError:
@@ -41,21 +43,6 @@ def modified(what: str, shape: Sequence[int], version: int, now: int) -> Modifie
             remedy="use the out-of-place operation, or change it before forward or after backward",
         )
     )
-
-
-def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """``tensor`` in the given strides; a copy only when it has others.
-
-    Strides whose elements overlap, as of an expanded tensor, are given back by expanding again.
-    """
-    if tensor.stride() == stride:
-        return tensor
-    if 0 in stride:
-        whole = [slice(0, 1) if not step else slice(None) for step in stride]
-        narrow = restride(tensor[tuple(whole)], tuple(step or 1 for step in stride))
-        return narrow.expand(tensor.size())
-    result = torch.empty_strided(tensor.size(), stride, dtype=tensor.dtype, device=tensor.device)
-    return result.copy_(tensor).data  # of version 0, as something new
 
 
 class Value:
@@ -84,6 +71,7 @@ class Value:
         "grid_bits",
         "key",
         "pinned",
+        "recipe",
         "run",
         "version",
         "what",
@@ -99,6 +87,7 @@ class Value:
         self.why = why
         self.what = what
         self.consumer: Frame | None = None
+        self.recipe: Recipe | Code | None = None
         self.grid_bits: int | None = None  # its elements are multiples of 2**-grid_bits
         self.pinned = False  # a handle needs it
         self._packed = 0
@@ -165,6 +154,9 @@ class Value:
         Raises:
             BackwardError: it is not held.
         """
+        if self._tensor is None and self.recipe is not None:
+            self.receive_tensor(self.recipe.tensor(self.geometry))
+            self.run.purge_later(self)
         if self._tensor is None:
             if self._pieces is None:
                 raise freed(self.what)
@@ -225,19 +217,26 @@ class Value:
             yield self.why, self.what, self._tensor
         for piece in self._pieces or ():
             yield self.why, self.what, piece.tensor
+        for held in self.recipe.holds() if self.recipe is not None else ():
+            yield "smaller form of what was saved", self.recipe.what, held  # type: ignore[union-attr]
 
     def pin(self, tensor: Tensor) -> None:
         """Hold it exactly, once, for a handle (DESIGN section 3); ``tensor`` lies in the same memory."""
-        if self._tensor is None:
+        if self._tensor is None and self.recipe is None:
             self._pieces = None
             self._tensor = torch.as_strided(tensor.detach(), *self.geometry)
             self._tensor_version = self.version
             self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
 
+    def adopt(self, recipe: Recipe | Code) -> None:
+        """Let go of the memory: the recipe brings it back."""
+        self.recipe = recipe
+        self.release()
+
     def release(self) -> None:
-        """Let go of the memory, if a frame can give it back."""
-        if self.consumer is not None and not self.pinned and self.held:
+        """Let go of the memory, if a frame or a recipe can give it back."""
+        if self.held and (self.recipe is not None or (self.consumer is not None and not self.pinned)):
             self._detach_from_storage()
             self._drop_tensor()
             self._pieces = None

@@ -1,0 +1,341 @@
+"""Cheap operations, read off the graph: how to run again what made a tensor, from what its nodes save anyway.
+
+A node of the graph names its operation, its arguments (``_saved_*``), what it saved (``_raw_saved_*``) and the nodes
+before it. That is all that is needed to repeat a pointwise operation or a normalisation, and costs nothing until a
+tensor is saved: a `torch.overrides.TorchFunctionMode` costs some 2 microseconds an operation and as much for
+every attribute of a tensor, a dispatch mode 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from .errors import ModifiedError, ReplayError, explain
+
+__all__ = ["Operation", "Source", "is_view", "operation", "output_size"]
+
+Edge = tuple[Any, int]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Something that gives a tensor when it is asked."""
+
+    def get(self) -> Tensor:
+        """The tensor."""
+        ...
+
+
+class Operation(NamedTuple):
+    """``compute(*inputs)`` repeats a node; an input is a `Source`, a number, an edge of the graph, or ``None``.
+
+    ``compute_`` does the same in the memory of its first input.
+    """
+
+    compute: Callable[..., Tensor]
+    inputs: Sequence[Source | float | Edge | None]
+    compute_: Callable[..., Tensor] | None = None
+
+
+def operation(node: Node) -> Operation | None:
+    """How to repeat the operation of ``node``; ``None`` if it is not cheap, or the graph does not tell.
+
+    Example:
+        >>> class Handle:
+        ...     def __init__(self, tensor): self.tensor = tensor.detach()
+        ...     def get(self): return self.tensor
+        >>> with torch.autograd.graph.saved_tensors_hooks(Handle, Handle.get):
+        ...     y = F.gelu(torch.ones(2, requires_grad=True))
+        >>> compute, (source,), _ = operation(y.grad_fn)
+        >>> torch.equal(compute(source.get()), y)
+        True
+    """
+    make = _OPERATIONS.get(type(node).__name__)
+    return make(node) if make is not None else None
+
+
+def is_view(name: str) -> bool:
+    """Whether the output of a node of this name may lie in the memory of its input."""
+    return name in _VIEWS or name == "ToCopyBackward0"
+
+
+def output_size(node: Node) -> torch.Size:
+    """The size of the node's first output."""
+    return torch.Size(node._input_metadata[0].shape)
+
+
+def _saved(node: Any, name: str) -> Source | float | None:
+    """What the node saved: a handle, or a number that needed none; ``None`` for nothing, or saved by other means."""
+    data = getattr(node, f"_raw_saved_{name}").data
+    if isinstance(data, Tensor):
+        return data.item() if data.dim() == 0 and not data.is_meta else None
+    return data if isinstance(data, Source) else None
+
+
+def _from_saved(function: Callable[..., Tensor], *attributes: str) -> Callable[[Any], Operation | None]:
+    """A function of the one tensor that the node saves, and of attributes that it saves by name."""
+
+    def make(node: Any) -> Operation | None:
+        source = _saved(node, "self")
+        options = {attribute: getattr(node, f"_saved_{attribute}") for attribute in attributes}
+        return None if source is None else Operation(lambda x: function(x, **options), (source,))
+
+    return make
+
+
+def _from_edge(function: Callable[..., Tensor], *attributes: str) -> Callable[[Any], Operation | None]:
+    """A function of the output of the node before."""
+
+    def make(node: Any) -> Operation | None:
+        options = {attribute: getattr(node, f"_saved_{attribute}") for attribute in attributes}
+        return Operation(lambda x: function(x, **options), node.next_functions[:1])
+
+    return make
+
+
+def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operation | None]:
+    """Of two tensors, each saved only where the other one needs a gradient."""
+
+    def make(node: Any) -> Operation | None:
+        inputs: list[Any] = []
+        for place, name in enumerate(("self", "other")):
+            saved = _saved(node, name) if hasattr(node, f"_raw_saved_{name}") else None
+            edge = node.next_functions[place]
+            if saved is None and edge[0] is None:
+                return None
+            inputs.append(edge if saved is None else saved)
+        return Operation(function, inputs)
+
+    return make
+
+
+def _sum(sign: int) -> Callable[[Any], Operation | None]:
+    def make(node: Any) -> Operation | None:
+        if any(edge[0] is None for edge in node.next_functions):
+            return None  # a number, or a tensor without gradient, of which the graph knows nothing
+        alpha = sign * node._saved_alpha
+        size = output_size(node)
+
+        def in_place(a: Tensor, b: Tensor) -> Tensor:
+            return a.add_(b, alpha=alpha) if a.shape == size and a.dtype is b.dtype else torch.add(a, b, alpha=alpha)
+
+        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), node.next_functions, in_place)
+
+    return make
+
+
+class _Parameter:
+    """A parameter as a source, where the node did not save it.
+
+    Raises:
+        ModifiedError: it was modified in place since (on `get`).
+    """
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+
+    def get(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise ModifiedError(
+                explain(
+                    "a parameter whose output is recomputed has been modified by an inplace operation",
+                    expected=f"version {self._version}",
+                    got=f"version {self._tensor._version}",
+                    remedy="run backward before it is changed, or use reversible(ops=False)",
+                )
+            )
+        return self._tensor
+
+
+def _parameter(edge: Edge) -> Source | None:
+    variable = getattr(edge[0], "variable", None)
+    return None if variable is None else _Parameter(variable)
+
+
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)
+_eps_of: dict[object, float] = {}  # the latest for a weight; what a layer's first rows have shown
+
+
+def _layer_norm(node: Any) -> Operation | None:
+    """Its eps is not saved; the result depends on it only by way of rstd, which is."""
+    source, rstd = _saved(node, "input"), _saved(node, "result2")
+    weight, bias = _saved(node, "weight"), _saved(node, "bias")
+    if not isinstance(source, Source) or not isinstance(rstd, Source):
+        return None
+    shape = tuple(node._saved_normalized_shape)
+
+    def matches(eps: float, x: Tensor, rstd: Tensor) -> bool:
+        return torch.equal(torch.native_layer_norm(x, shape, None, None, eps)[2].reshape(-1), rstd.reshape(-1))
+
+    key = (shape, _storage_key(weight))
+    eps = _eps_of.get(key)
+    if eps is None:
+        x = source.get()
+        rows = x.reshape(-1, *shape)[:64]
+        deviations = rstd.get().reshape(-1)[: len(rows)]
+        eps = next((eps for eps in _EPSILONS if matches(eps, rows, deviations)), None)
+        if eps is None:
+            return None
+        if len(_eps_of) > 4096:
+            _eps_of.clear()
+        _eps_of[key] = eps
+    first = eps
+
+    def compute(x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        for eps in (first, *_EPSILONS):
+            y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
+            if torch.equal(again, rstd):
+                return y
+        raise ReplayError(
+            explain(
+                "a LayerNorm that is recomputed",
+                expected="the standard deviations that it saved",
+                got="others",
+                remedy="use reversible(ops=False)",
+            )
+        )
+
+    return Operation(compute, (source, rstd, weight, bias))
+
+
+def _storage_key(source: Any) -> int:
+    return 0 if source is None else int(source.get().untyped_storage()._cdata)
+
+
+def _affine(node: Any) -> tuple[Any, Any] | None:
+    """Weight and bias of a normalisation; ``None`` if the bias is unknown, which is not saved."""
+    weight = _saved(node, "weight")
+    if weight is None:
+        return None, None
+    bias = _parameter(node.next_functions[2]) if len(node.next_functions) > 2 else None
+    return None if bias is None else (weight, bias)
+
+
+def _batch_norm(node: Any) -> Operation | None:
+    source, affine = _saved(node, "input"), _affine(node)
+    if source is None or affine is None:
+        return None
+    eps = node._saved_eps
+    if node._saved_training:
+        # the statistics are those of the batch; the running ones are not touched
+        return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine))
+    mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
+    if mean is None or var is None:
+        return None
+    return Operation(
+        lambda x, w, b, mean, var: torch.batch_norm(x, w, b, mean, var, False, 0.0, eps, True), (source, *affine, mean, var)
+    )
+
+
+def _group_norm(node: Any) -> Operation | None:
+    source, affine = _saved(node, "input"), _affine(node)
+    if source is None or affine is None or not hasattr(node, "_saved_eps"):
+        return None
+    groups, eps = node._saved_group, node._saved_eps
+    return Operation(lambda x, w, b: torch.group_norm(x, groups, w, b, eps), (source, *affine))
+
+
+def _resized(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Operation | None]:
+    def make(node: Any) -> Operation | None:
+        size = output_size(node)
+        return Operation(lambda x: function(x, size), node.next_functions[:1])
+
+    return make
+
+
+def _cast(node: Any) -> Operation | None:
+    if hasattr(node.next_functions[0][0], "variable"):
+        return None  # a parameter's copy: its own version does not tell whether the parameter has changed
+    dtype = node._input_metadata[0].dtype
+    return Operation(lambda x: x.to(dtype), node.next_functions[:1])
+
+
+def _slice(node: Any) -> Operation | None:
+    dim, start, end, step = (getattr(node, f"_saved_{name}") for name in ("dim", "start", "end", "step"))
+    if step != 1:
+        return None
+    size = node._saved_self_sym_sizes[dim]
+    dim = dim if dim < 1 << 62 else dim - (1 << 64)
+    return Operation(lambda x: x[(slice(None),) * (dim % x.dim()) + (slice(start, min(end, size)),)], node.next_functions[:1])
+
+
+def _cat(node: Any) -> Operation | None:
+    dim = _signed(node._saved_dim)
+    return Operation(lambda *parts: torch.cat(parts, dim), node.next_functions)
+
+
+def _signed(dim: int) -> int:
+    return dim if dim < 1 << 63 else dim - (1 << 64)
+
+
+def _transpose(node: Any) -> Operation | None:
+    dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
+    return Operation(lambda x: x.transpose(*dims), node.next_functions[:1])
+
+
+def _permute(node: Any) -> Operation | None:
+    dims = [_signed(dim) for dim in node._saved_dims]
+    return Operation(lambda x: x.permute(dims), node.next_functions[:1])
+
+
+_VIEWS: dict[str, Callable[[Any], Operation | None]] = {
+    "AliasBackward0": _from_edge(lambda x: x),
+    "ExpandBackward0": _resized(lambda x, size: x.expand(size)),
+    "PermuteBackward0": _permute,
+    "ReshapeAliasBackward0": _resized(lambda x, size: x.reshape(size)),
+    "SliceBackward0": _slice,
+    "SqueezeBackward0": _resized(lambda x, size: x.reshape(size)),
+    "SqueezeBackward1": _resized(lambda x, size: x.reshape(size)),
+    "TBackward0": _from_edge(lambda x: x.t()),
+    "TransposeBackward0": _transpose,
+    "UnsafeViewBackward0": _resized(lambda x, size: x.reshape(size)),
+    "UnsqueezeBackward0": _resized(lambda x, size: x.reshape(size)),
+    "ViewBackward0": _resized(lambda x, size: x.reshape(size)),
+}
+
+_OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
+    **_VIEWS,
+    "AddBackward0": _sum(1),
+    "CatBackward0": _cat,
+    "CloneBackward0": _from_edge(lambda x: x.clone(memory_format=torch.contiguous_format)),
+    "ConstantPadNdBackward0": _from_edge(lambda x, pad: F.pad(x, tuple(pad)), "pad"),
+    "CosBackward0": _from_saved(torch.cos),
+    "CudnnBatchNormBackward0": _batch_norm,
+    "DivBackward0": _product(torch.div),
+    "EluBackward0": _from_saved(
+        lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale), "alpha", "scale", "input_scale"
+    ),
+    "ExpBackward0": _from_edge(torch.exp),
+    "GeluBackward0": _from_saved(F.gelu, "approximate"),
+    "HardsigmoidBackward0": _from_saved(F.hardsigmoid),
+    "HardswishBackward0": _from_saved(F.hardswish),
+    "HardtanhBackward0": _from_saved(lambda x, min_val, max_val: F.hardtanh(x, min_val, max_val), "min_val", "max_val"),
+    "LeakyReluBackward0": _from_saved(F.leaky_relu, "negative_slope"),
+    "LogSigmoidBackward0": _from_saved(F.logsigmoid),
+    "MishBackward0": _from_saved(F.mish),
+    "MulBackward0": _product(torch.mul),
+    "NativeBatchNormBackward0": _batch_norm,
+    "NativeGroupNormBackward0": _group_norm,
+    "NativeLayerNormBackward0": _layer_norm,
+    "NegBackward0": _from_edge(torch.neg),
+    "PowBackward0": _from_saved(torch.pow, "exponent"),
+    "ReluBackward0": lambda node: Operation(torch.relu, node.next_functions[:1], torch.relu_),
+    "RsqrtBackward0": _from_edge(torch.rsqrt),
+    "SigmoidBackward0": _from_edge(torch.sigmoid),
+    "SiluBackward0": _from_saved(F.silu),
+    "SinBackward0": _from_saved(torch.sin),
+    "SoftplusBackward0": _from_saved(F.softplus, "beta", "threshold"),
+    "SqrtBackward0": _from_edge(torch.sqrt),
+    "SubBackward0": _sum(-1),
+    "TanhBackward0": _from_edge(torch.tanh),
+    "ToCopyBackward0": _cast,
+}

@@ -1,0 +1,125 @@
+"""Smaller forms of tensors that autograd saves and nobody else holds: masks at one bit an element, narrow indices.
+
+Dropout on a CPU saves its mask as numbers of the input's dtype, 0 or 1/(1-p); `max_pool2d` saves 64-bit indices. Both come back exactly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..storage import Geometry, Held, restride
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["Code", "code_of", "is_unshared"]
+
+LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
+_PROBES = 64
+
+
+class Code:
+    """A tensor in a smaller form; stands where a recipe stands."""
+
+    __slots__ = ("_decode", "_held", "depth", "what")
+
+    def __init__(self, run: Run, encoded: Tensor, decode: Callable[[Tensor], Tensor], what: str) -> None:
+        self._held = Held(run.ledger, encoded)
+        self._decode = decode
+        self.depth = 0
+        self.what = what
+
+    def tensor(self, geometry: Geometry) -> Tensor:
+        """The tensor, in its own strides."""
+        return restride(self._decode(self._held.tensor).view(geometry.size), geometry.stride)
+
+    def holds(self) -> Iterator[Tensor]:
+        """What it holds."""
+        yield self._held.tensor
+
+
+def code_of(run: Run, tensor: Tensor, what: str) -> Code | None:
+    """A smaller form of a tensor that no operation with a gradient has made; ``None`` if it has none."""
+    if tensor.numel() < LEAST or tensor.is_meta or not tensor.is_contiguous():
+        return None
+    flat = tensor.detach().view(-1)
+    if flat.dtype is torch.bool:
+        size = flat.numel()
+        return Code(run, _pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
+    if flat.dtype is torch.int64:
+        return _narrowed(run, flat, what)
+    return _mask(run, flat, what) if flat.dtype.is_floating_point else None
+
+
+def _narrowed(run: Run, flat: Tensor, what: str) -> Code | None:
+    low, high = (int(extreme) for extreme in torch.aminmax(flat))
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        bounds = torch.iinfo(dtype)
+        if bounds.min <= low and high <= bounds.max:
+            return Code(run, flat.to(dtype), lambda narrow: narrow.to(torch.int64), f"{what}, as {dtype}".replace("torch.", ""))
+    return None
+
+
+def _mask(run: Run, flat: Tensor, what: str) -> Code | None:
+    """Of a tensor with two values, of which one is 0."""
+    few = flat[:: max(1, flat.numel() // _PROBES)]
+    value = few.max()
+    if not bool(((few == 0) | (few == value)).all()) or not bool(value > 0):
+        return None
+    nonzero = flat == value
+    if not bool((nonzero | (flat == 0)).all()):
+        return None
+    size, dtype = flat.numel(), flat.dtype
+    return Code(run, _pack(nonzero), lambda bits: _unpack(bits, size).to(dtype).mul_(value), f"{what}, at one bit an element")
+
+
+_SHIFTS = torch.arange(8, dtype=torch.uint8)
+
+
+def _pack(mask: Tensor) -> Tensor:
+    numpy = sys.modules.get("numpy")
+    if mask.device.type == "cpu" and numpy is not None:
+        return torch.from_numpy(numpy.packbits(mask.numpy(), bitorder="little"))
+    padded = F.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (padded << _SHIFTS.to(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack(bits: Tensor, size: int) -> Tensor:
+    numpy = sys.modules.get("numpy")
+    if bits.device.type == "cpu" and numpy is not None:
+        return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
+    return (bits.unsqueeze(1) >> _SHIFTS.to(bits.device) & 1).view(-1)[:size].to(torch.bool)
+
+
+def _references(tensor: Tensor) -> int:
+    return sys.getrefcount(tensor)
+
+
+def _fewest() -> int:
+    """How many references a function called by a pack hook sees to a tensor that only autograd holds."""
+    seen: list[int] = []
+
+    class Hook:
+        def pack(self, tensor: Tensor) -> Tensor:
+            seen.append(_references(tensor))
+            return tensor.detach()
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Hook().pack, lambda tensor: tensor):
+        F.max_pool2d(torch.zeros(1, 1, 2, 2, requires_grad=True) * 1, 2)
+    return min(seen)
+
+
+_FEWEST: list[int] = []
+
+
+def is_unshared(tensor: Tensor) -> bool:
+    """Whether no Python code holds the tensor; to be called by the pack hook itself, with its argument."""
+    if not _FEWEST:
+        _FEWEST.append(_fewest())
+    return _references(tensor) <= _FEWEST[0] + 1

@@ -9,8 +9,9 @@ BIN := .venv/bin
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch hatchling editables
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[demo,test,dev]'
-	@# Peers, for tests and benches. Without their dependencies: memcnn asks for tensorboard and torchvision.
-	$(BIN)/python -m pip install --quiet --no-deps memcnn==1.5.2 revlib==1.7.2 revtorch==0.2.4
+	@# Peers, for tests and benches. Without their dependencies: memcnn and momentumnet ask for torchvision and more.
+	$(BIN)/python -m pip install --quiet --no-deps memcnn==1.5.2 revlib==1.7.2 revtorch==0.2.4 \
+		invtorch==0.5.0 momentumnet==0.10
 	@touch $@
 
 demo: .venv/.installed
@@ -30,6 +31,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python bench/coupling_chain.py
 	$(BIN)/python bench/fixed_cost.py
+	$(BIN)/python bench/semantics.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

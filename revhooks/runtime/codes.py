@@ -1,6 +1,7 @@
 """Smaller forms of tensors that autograd saves and nobody else holds: masks at one bit an element, narrow indices.
 
-Dropout on a CPU saves its mask as numbers of the input's dtype, 0 or 1/(1-p); `max_pool2d` saves 64-bit indices. Both come back exactly.
+Dropout on a CPU saves its mask as numbers of the input's dtype, 0 or 1/(1-p); `max_pool2d` saves 64-bit indices. Both come
+back exactly.
 """
 
 from __future__ import annotations

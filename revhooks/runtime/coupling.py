@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,22 @@ class _Cursor:
         self.transient = transient
 
 
+class _ChainState:
+    """The streams after a step of a long chain, from which the steps before it can be rebuilt."""
+
+    __slots__ = ("__weakref__", "_frame", "cursor")
+
+    def __init__(self, frame: CouplingFrame, cursor: _Cursor) -> None:
+        self._frame = weakref.ref(frame)
+        self.cursor = cursor
+
+    def release(self) -> None:
+        """Let go of the steps before it."""
+        frame = self._frame()
+        if frame is not None and not frame.released:
+            frame.release_before(self.cursor)
+
+
 class CouplingFrame(ModuleFrame):
     """A frame of a `Coupling`: a program of steps over two streams."""
 
@@ -123,6 +140,8 @@ class CouplingFrame(ModuleFrame):
         self._input_key = 0
         self._anchor: _Cursor | None = None  # of a long chain, whose older steps are released while it runs
         self._cursor: _Cursor | None = None
+        self._states: list[_ChainState] = []  # of a long chain, after each step that is not released
+        self._held_before = 0
 
     @property
     def has_head(self) -> bool:
@@ -136,6 +155,7 @@ class CouplingFrame(ModuleFrame):
         x, args, kwargs = _first_argument(args, kwargs)
         streams = self.module.split(x)
         self.begin(x.device)
+        self._held_before = self.run.ledger.held
         self._open(x, streams)
         if args or kwargs:
             self.arguments = Arguments(self.run, args, kwargs)
@@ -146,7 +166,7 @@ class CouplingFrame(ModuleFrame):
         try:
             for index, step in enumerate(steps):
                 if index and self.is_chain:
-                    self._release_before(index, streams)
+                    self._step_ends(index, streams)
                 self._forward_step(index, step, streams, args, kwargs)
                 watch.see(index, streams[step.target])
             watch.close()
@@ -200,8 +220,9 @@ class CouplingFrame(ModuleFrame):
                 if branch.step.source not in self.changed:
                     self._originals[branch.step.source] = branch.source
             self.changed.add(branch.step.source)
-            if branch.source is not None and self._anchor is not None and self._anchor.position == branch.index:
-                self._anchor.streams[branch.step.source] = branch.source
+            for cursor in (self._anchor, *(state.cursor for state in self._states)):
+                if branch.source is not None and cursor is not None and cursor.position == branch.index:
+                    cursor.streams[branch.step.source] = branch.source
         elif not branch.state.foreseen:
             branch.keep("it changed a parameter or buffer that it had not changed before", self._hold(target.detach()))
         elif self.is_chain and not self.draws and self.surprised():
@@ -217,12 +238,21 @@ class CouplingFrame(ModuleFrame):
                 for place, original in self._originals.items():
                     value.replace_piece(place, original)
 
-    def _release_before(self, position: int, streams: list[Tensor]) -> None:
-        """Inside a long chain: let go of the steps before ``position``, where the streams were these."""
-        for branch in self.branches[:position]:
-            branch.release()
+    def _step_ends(self, position: int, streams: list[Tensor]) -> None:
+        """Inside a long chain: the steps before ``position``, where the streams are these, may be let go of."""
         self.packed.clear()
-        self._anchor = _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False)
+        state = _ChainState(self, _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False))
+        self._states.append(state)
+        self.run.budget.add_frame(state, self.run.ledger.held - self._held_before)
+        self.run.budget.make_room_for_block()
+        self._held_before = self.run.ledger.held
+
+    def release_before(self, cursor: _Cursor) -> None:
+        """Let go of the steps before a state of the streams, which serves as their anchor."""
+        for branch in self.branches[: cursor.position]:
+            branch.release()
+        self._anchor = cursor
+        self._states = [state for state in self._states if state.cursor.position > cursor.position]
         self.release_inputs()
 
     def _hold(self, stream: Tensor) -> Held:
@@ -241,6 +271,7 @@ class CouplingFrame(ModuleFrame):
             for branch in self.branches:
                 branch.release()
             self._anchor = None
+            self._states = []
             self.release_inputs()
 
     # -- backward
@@ -318,6 +349,7 @@ class CouplingFrame(ModuleFrame):
     def forget_outputs(self) -> None:
         """Every slot is there: the output is not needed (a long chain has its anchor)."""
         self.output = None
+        self._states = []
 
     def supply(self) -> None:
         """Reconstruct the input and use nothing up."""
@@ -345,7 +377,7 @@ class CouplingFrame(ModuleFrame):
     def report(self) -> Iterator[tuple[str, str, Tensor]]:
         """Slots, streams before steps that drift, anchors, arguments."""
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
-        for cursor in (self._cursor, self._anchor):
+        for cursor in (self._cursor, self._anchor, *(state.cursor for state in self._states)):
             for anchor in cursor.streams if cursor is not None else ():
                 yield ANCHOR, self.label, anchor.tensor
         if self._head is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from ..nn.coupling import Coupling
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
+from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
 from .frame import Frame
@@ -41,9 +44,18 @@ class Run:
     Frames are held by handles in the graph, never by the run: nothing outlives the graph.
     """
 
-    def __init__(self, *, guard: str = "fallback", keep: Predicate | None = None, ops: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        guard: str = "fallback",
+        keep: Predicate | None = None,
+        replay: Predicate | None = None,
+        ops: bool = False,
+        budget: float = 0.0,
+    ) -> None:
         self.guard = Guard(guard)
         self.ledger = Ledger()
+        self.budget = Budget(self.ledger, budget)
         self.rng = RngTracker()
         self.marks: object = None  # where the generators were when a frame last looked
         self.values: dict[int, weakref.ref[Value]] = {}
@@ -52,9 +64,9 @@ class Run:
         self.second_evaluations = 0
         self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
         self._keep = keep
+        self._replay = replay
         self._ops = ops
         self._count = 0
-        self._newest: weakref.ref[Frame] | None = None
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._to_purge: list[weakref.ref[Any]] = []
@@ -99,40 +111,45 @@ class Run:
             LOCAL.sink is not None
             or LOCAL.filling is not None
             or not torch.is_grad_enabled()
+            or self.budget.limit == math.inf
             or self._shadowed()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
         )
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.release_newest()
+        self.budget.make_room_for_block()
         self._frames.add(frame)
+        before = self.ledger.held
         result = frame.call(original, args, kwargs)
-        self._newest = weakref.ref(frame)
+        self.budget.add_frame(frame, self.ledger.held - before)
         return result
 
     def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function inside a frame that is run again in backward."""
+        """Call a function inside a frame that is run again in backward, and let go of what it saved at once."""
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return region.call(*args, **kwargs)
         with self._packing():
             if LOCAL.sink is None and LOCAL.filling is None:
-                self.release_newest()
+                self.budget.make_room_for_block()
             self._count += 1
             frame = ReplayFrame(self, region)
             self._frames.add(frame)
-            return frame.call(region.call, args, kwargs)
+            result = frame.call(region.call, args, kwargs)
+            frame.release()
+            return result
+
+    def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens."""
+        if self._replay is None or not self._replay(module) or self._is_plain((), {}):
+            return original(module, *args, **kwargs)
+        self._count += 1
+        return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
 
     def _shadowed(self) -> bool:
         """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return hooks is None or hooks[0] != self.pack
-
-    def release_newest(self) -> None:
-        """Let go of what the newest frame saved, as the next one does when it opens."""
-        newest = self._newest() if self._newest is not None else None
-        if newest is not None:
-            newest.release()
 
     def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
@@ -170,12 +187,13 @@ class Run:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
         place = self.place() if self.place is not None else "ordinary layers"
         base = tensor if tensor._base is None else tensor._base
-        if not self._ops or tensor.nbytes < SMALL or not _covers(base, tensor):
+        if not self._ops or tensor.nbytes < SMALL or self.budget.limit == math.inf or not _covers(base, tensor):
             return Value(self, tensor, "saved outside any registered block", place)
         value = Value(self, base, "saved outside any registered block", place)
         recipe = code_of(self, tensor, place) if unshared else recipe_of(self, base, place)
         if recipe is not None:
-            value.adopt(recipe)
+            value.recipe = recipe
+            self.budget.add_value(value)
         note_output(base, value)
         return value
 

@@ -229,11 +229,6 @@ class Value:
             self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
 
-    def adopt(self, recipe: Recipe | Code) -> None:
-        """Let go of the memory: the recipe brings it back."""
-        self.recipe = recipe
-        self.release()
-
     def release(self) -> None:
         """Let go of the memory, if a frame or a recipe can give it back."""
         if self.held and (self.recipe is not None or (self.consumer is not None and not self.pinned)):

@@ -352,3 +352,16 @@ def test_random_ordinary_nets(seed: int) -> None:
             return sum(itertools.starmap(torch.mul, itertools.pairwise(states)), torch.zeros(()))
 
     compare(Random(), torch.randn(64, 32, generator=generator))
+
+
+def test_every_kept_byte_is_explained() -> None:
+    net = nn.Sequential(
+        nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), revhooks.nn.AdditiveCoupling(nn.Linear(16, 16), nn.Tanh(), dim=-1)
+    )
+    with revhooks.reversible() as run:
+        y = net(torch.randn(64, 32, requires_grad=True)).square().sum()
+        kept = run.stats.kept
+        assert sum(one.bytes for one in kept) == run.stats.held_bytes
+        assert all(one.why and one.what and one.remedy for one in kept)
+        assert {"Addmm", "none with a gradient"} & {one.op for one in kept}
+        y.backward()

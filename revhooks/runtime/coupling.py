@@ -11,7 +11,7 @@ from torch import Tensor
 from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
 from .plan import facts_of
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CouplingFrame"]
 
 _EXACT = "the stream before a step: its inverse drifts, or it has exact zeros"
+REMEDIES[_EXACT] = "a wider dtype for the streams, or exact ones: grid_bits="
 
 
 class _Branch:

@@ -23,7 +23,7 @@ from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
 from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
-from .frame import Frame
+from .frame import ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import Handle, LeafHandle, ViewHandle
 from .local import LOCAL
@@ -173,9 +173,13 @@ class Run:
 
     def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Handle:
         """A tensor saved outside any frame."""
-        value = self.found(tensor)
+        reference = self.values.get(tensor.untyped_storage()._cdata)
+        value = reference() if reference is not None else None
         if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
-            value = self._new_value(tensor, unshared=unshared)
+            base = tensor if tensor._base is None else tensor._base
+            value = self._new_value(tensor, base, unshared=unshared)
+            if base is tensor:
+                return value
         elif self._ops and not value.pinned:
             note_output(tensor, value)
         value.pin(tensor)
@@ -183,13 +187,16 @@ class Run:
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def _new_value(self, tensor: Tensor, *, unshared: bool) -> Value:
+    def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
         place = self.place() if self.place is not None else "ordinary layers"
-        base = tensor if tensor._base is None else tensor._base
-        if not self._ops or tensor.nbytes < SMALL or self.budget.limit == math.inf or not _covers(base, tensor):
-            return Value(self, tensor, "saved outside any registered block", place)
-        value = Value(self, base, "saved outside any registered block", place)
+        plain = not self._ops or tensor.nbytes < SMALL or self.budget.limit == math.inf or not _covers(base, tensor)
+        value = Value(self, tensor if plain else base, ORDINARY, place)
+        value.maker = type(tensor.grad_fn)
+        value.pinned = True
+        value.count_packed(tensor)
+        if plain:
+            return value
         recipe = code_of(self, tensor, place) if unshared else recipe_of(self, base, place)
         if recipe is not None:
             value.recipe = recipe
@@ -307,24 +314,25 @@ class Run:
     def _kept(self) -> list[Kept]:
         """What is held now, by reason and place, each storage once, largest first."""
         holders: list[Frame | Value | None] = [*self._frames, *(reference() for reference in self.values.values())]
-        kept: dict[tuple[str, str], int] = {}
+        kept: dict[tuple[str, str, str], int] = {}
         seen: set[int] = set()
         for holder in holders:
+            op = holder.op if isinstance(holder, Value) else ""
             for why, what, tensor in holder.report() if holder is not None else ():
                 if storage_key(tensor) not in seen:
                     seen.add(storage_key(tensor))
-                    kept[why, what] = kept.get((why, what), 0) + tensor.untyped_storage().nbytes()
-        return [Kept(why, what, nbytes) for (why, what), nbytes in sorted(kept.items(), key=lambda item: -item[1])]
+                    kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
+        largest_first = sorted(kept.items(), key=lambda item: -item[1])
+        return [Kept(why, what, nbytes, op, REMEDIES.get(why, "")) for (why, what, op), nbytes in largest_first]
 
 
 def _covers(base: Tensor, tensor: Tensor) -> bool:
     """Whether ``base`` is all that lies in the tensor's memory."""
     return (
-        base.dtype is tensor.dtype
-        and not base.storage_offset()
-        and base.nbytes == base.untyped_storage().nbytes()
-        and Geometry.of(base).dense
-        and not is_opaque(base)
+        base.nbytes == base.untyped_storage().nbytes()
+        and base.dtype is tensor.dtype
+        and (base is tensor or not is_opaque(base))
+        and (base.is_contiguous() or Geometry.of(base).dense)
     )
 
 

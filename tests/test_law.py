@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks import nn as rnn
-from revhooks.functional import Law
+from revhooks.errors import ShapeError
+from revhooks.functional import ADDITIVE, Law
 from revhooks.registry import registered
 from tests.conftest import Count, calls, compare, conv_branch, mlp, step
 
@@ -236,3 +237,41 @@ def test_extra_arguments(coupling: str) -> None:
     rev = compare(Net().double(), x, mask, condition)
     assert rev.stats is not None
     assert rev.stats.inversions > 0
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("cls", [rnn.AdditiveCoupling, rnn.AffineCoupling])
+def test_one_branch_and_alternating_splits(cls: type[nn.Module], swap: bool) -> None:
+    """NICE and Real NVP: a layer changes one stream, the next one the other."""
+    wide = 2 if cls is rnn.AffineCoupling else 1
+
+    def layer(swap: bool) -> nn.Module:
+        sizes = (3, 5)
+        target, source = (sizes[1], sizes[0]) if swap else sizes
+        return cls(nn.Sequential(nn.Linear(source, wide * target), nn.Tanh()), dim=-1, sizes=sizes, swap=swap)
+
+    chain = nn.Sequential(*[layer(swap ^ bool(i % 2)) for i in range(8)]).double()
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    one = chain[0]
+    assert torch.allclose(one.inverse(one(x)), x, atol=1e-12)
+    kept = slice(None, 3) if swap else slice(3, None)
+    assert torch.equal(one(x)[:, kept], x[:, kept])
+    _, ladj = one.call_and_ladj(x)
+    jacobian = torch.autograd.functional.jacobian(one, x[0])
+    assert torch.allclose(ladj[0], torch.linalg.slogdet(jacobian)[1], atol=1e-12)
+    out = compare(chain, x)
+    assert out.stats is not None
+    assert out.stats.inversions == 7
+    both = nn.Sequential(*[cls(nn.Linear(4, 4 * wide), nn.Linear(4, 4 * wide), dim=-1, swap=swap) for _ in range(5)]).double()
+    compare(both, x)
+
+
+def test_a_law_for_each_branch() -> None:
+    scaled = Law(lambda x, u: 2 * x + u, lambda y, u: (y - u) / 2, saves=True)
+    fns = [nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(4, 4), nn.Linear(4, 4)]
+    chain = rnn.ReversibleSequential(*fns, dim=-1, coupling=["additive", "affine", scaled, ADDITIVE]).double()
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(chain.inverse(chain(x)), x, atol=1e-12)
+    compare(chain, x)
+    with pytest.raises(ShapeError, match="as many of them as branches"):
+        rnn.ReversibleSequential(*fns, coupling=["additive"])

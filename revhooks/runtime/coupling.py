@@ -161,7 +161,8 @@ class CouplingFrame(ModuleFrame):
         if args or kwargs:
             self.arguments = Arguments(self.run, args, kwargs)
         steps = self.module.steps()
-        untouched = streams[-1].detach()  # of a block, what its first branch gets
+        place = steps[0].source if steps else 1
+        untouched = streams[place].detach()  # of a block, what its first branch gets
         self.is_chain = len(steps) > 2  # each step is what a block is elsewhere: kept until the next one opens
         watch = RangeWatch(self.module)
         try:
@@ -175,7 +176,7 @@ class CouplingFrame(ModuleFrame):
             LOCAL.sink = None
         y = self.module.join(streams)
         streams.clear()  # here is the peak of a forward: nothing may linger
-        self._take_input(x, untouched)
+        self._take_input(x, place, untouched)
         self.end([branch.state for branch in self.branches])
         self._input_key = 0
         if y.requires_grad:
@@ -229,15 +230,16 @@ class CouplingFrame(ModuleFrame):
         elif self.is_chain and not self.draws and self.surprised():
             branch.keep(DREW, self._hold(target.detach()))
 
-    def _take_input(self, x: Tensor, untouched: Tensor) -> None:
-        """Hold the input as streams, of which the last is there already; its caller will let go of the joined one."""
+    def _take_input(self, x: Tensor, place: int, untouched: Tensor) -> None:
+        """Hold the input as streams, of which one is there already; its caller will let go of the joined one."""
         for reference in self.inputs:
             value = reference()
             if value is not None and value.held:
-                first = x.detach().narrow(self.module.dim, 0, self.sizes[0])
-                value.take([compact(first), untouched], self.module.dim)
-                for place, original in self._originals.items():
-                    value.replace_piece(place, original)
+                start, other = (0, 0) if place else (self.sizes[0], 1)
+                rest = compact(x.detach().narrow(self.module.dim, start, self.sizes[other]))
+                value.take([rest, untouched] if place else [untouched, rest], self.module.dim)
+                for changed, original in self._originals.items():
+                    value.replace_piece(changed, original)
 
     def _step_ends(self, position: int, streams: list[Tensor]) -> None:
         """Inside a long chain: the steps before ``position``, where the streams are these, may be let go of."""

@@ -231,6 +231,37 @@ def test_an_input_with_exact_zeros_among_several(registered: Any) -> None:
     assert rev.stats.second_evaluations == 1
 
 
+@pytest.mark.parametrize("keeps_zeros", [False, True, (1,)])
+def test_inputs_that_keep_their_zeros_are_not_held(registered: Any, keeps_zeros: bool | tuple[int, ...]) -> None:
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = Count(nn.Sequential(nn.Linear(8, 8), nn.Threshold(0.5, 0)))
+
+        def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v = 0.5 * v + self.f(x)
+            return x + v, v
+
+        def inverse(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            x = x - v
+            return x, 2 * (v - self.f(x))
+
+    class Net(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Momentum() for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = torch.zeros_like(x)
+            for block in self.blocks:
+                x, v = block(x, v)
+            return x
+
+    registered(Momentum, inverse="inverse", keeps_zeros=keeps_zeros)
+    held = [compare(Net(depth).double(), X.clone().requires_grad_()).held_after_forward for depth in (3, 8)]
+    assert (held[0] == held[1]) is bool(keeps_zeros)
+
+
 def test_flow_with_log_det(registered: Any) -> None:
     class Flow(nn.Module):
         def __init__(self) -> None:

@@ -186,9 +186,9 @@ class Frame(abc.ABC):
         """Stay as it is until backward, and say why."""
         self.why_kept = why
 
-    def link(self, tensor: Tensor) -> Value | None:
+    def link(self, tensor: Tensor, *, keeps_zeros: bool = False) -> Value | None:
         """The earlier frame's output that ``tensor`` is, if this frame is to give it back."""
-        value = None if has_exact_zeros(tensor) else self.run.output_value(tensor)
+        value = self.run.output_value(tensor) if keeps_zeros or not has_exact_zeros(tensor) else None
         if value is not None:
             value.consumer = self
             self.inputs.append(weakref.ref(value))

@@ -57,14 +57,14 @@ class _Input:
 
     __slots__ = ("geometry", "grad", "head", "probe", "sample", "value", "version", "zeros")
 
-    def __init__(self, frame: OpaqueFrame, tensor: Tensor) -> None:
+    def __init__(self, frame: OpaqueFrame, tensor: Tensor, *, keeps_zeros: bool) -> None:
         self.geometry = Geometry.of(tensor)
         self.grad = tensor.requires_grad
         self.probe = version_probe(tensor)
         self.version = version_of(tensor)
-        value = frame.link(tensor)
+        value = frame.link(tensor, keeps_zeros=keeps_zeros)
         self.head = Head(frame.run, tensor) if value is None else None
-        self.zeros = self.head is not None and has_exact_zeros(tensor)
+        self.zeros = self.head is not None and not keeps_zeros and has_exact_zeros(tensor)
         self.sample = frame.run.guard.sample(tensor) if value is not None else None
         self.value = weakref.ref(value) if value is not None else None
 
@@ -163,7 +163,7 @@ class OpaqueFrame(Frame):
         self.replayed = bool(known.problem) or replays(self.module, self.key)
         given = 0 if self.replayed else known.inputs
         self.held = Arguments(self.run, args[given:], kwargs)
-        self.given = [_Input(self, tensor) for tensor in args[:given]]
+        self.given = [_Input(self, tensor, keeps_zeros=self.entry.keeps_zeros_in(i)) for i, tensor in enumerate(args[:given])]
         if self.replayed or any(one.head is not None for one in self.given):
             self._output_sample = self.run.guard.sample(tensors[0])
         if not self.replayed:

@@ -2,8 +2,20 @@
 
 from ..registry import register
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
+from .momentum import ExactMomentumResidual, MomentumResidual
+from .momentum_chain import MomentumSequential, MomentumState
 from .sequential import ReversibleSequential
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleSequential", "Step"]
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "ExactMomentumResidual",
+    "MomentumResidual",
+    "MomentumSequential",
+    "MomentumState",
+    "ReversibleSequential",
+    "Step",
+]
 
 register(Coupling, inverse="inverse")

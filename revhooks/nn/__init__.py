@@ -1,6 +1,7 @@
 """Invertible layers. Each trains in plain autograd too; the runtime is never imported from here."""
 
 from ..registry import register
+from .convert import RevNetStack, WithoutSkip, to_momentum, to_revnet
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
 from .momentum import ExactMomentumResidual, MomentumResidual
 from .momentum_chain import MomentumSequential, MomentumState
@@ -14,8 +15,12 @@ __all__ = [
     "MomentumResidual",
     "MomentumSequential",
     "MomentumState",
+    "RevNetStack",
     "ReversibleSequential",
     "Step",
+    "WithoutSkip",
+    "to_momentum",
+    "to_revnet",
 ]
 
 register(Coupling, inverse="inverse")

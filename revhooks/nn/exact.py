@@ -5,7 +5,7 @@ make the multiplication a bijection, and a chain of any length is inverted to th
 
 References:
     Gradient-based hyperparameter optimization through reversible learning (Maclaurin et al., 2015, arXiv:1502.03492),
-    section 2.3, algorithm 3.
+    algorithm 3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch import Tensor
 from ..errors import InversionError, ShapeError, explain
 from ..storage import is_opaque
 
-__all__ = ["Grid", "extent", "grow", "on_grid", "passing", "ratio_of", "shrink", "store_plan"]
+__all__ = ["Grid", "accelerate", "brake", "extent", "grow", "on_grid", "ratio_of", "shrink", "store_plan"]
 
 _DIGITS = {torch.float32: 24, torch.float64: 53}
 _GRID_BITS = {torch.float32: 12, torch.float64: 32}
-_STORES = {torch.int8: 7, torch.int16: 15, torch.int32: 31, torch.int64: 63}
+_STORES = {torch.int8: 7, torch.int16: 15, torch.int32: 31, torch.int64: 53}  # bits; the arithmetic is that of float64
 _MAX_DENOMINATOR = 256
 
 
@@ -54,11 +54,14 @@ def ratio_of(gamma: float | Fraction) -> Fraction:
 
 
 def shrink(value: Tensor, store: Tensor, ratio: Fraction) -> tuple[Tensor, Tensor]:
-    """Multiply integers by ``n/d``, to within ``n``; what is lost goes into the store.
+    """Multiply whole numbers by ``n/d``, to within ``n``; what is lost goes into the store.
+
+    The numbers are whole, their dtype is not: floors of floating quotients of whole numbers below ``2**24`` (``2**53``) are
+    exact, and several times as fast as dividing integers.
 
     Args:
-        value: integers, int64 ``(*)``.
-        store: what the store holds, non-negative integers ``(*)`` of any integer dtype (`store_plan`).
+        value: whole numbers ``(*)`` below ``2**24`` in float32, ``2**53`` in float64, without gradient; overwritten.
+        store: what the store holds, ``(*)``, of the integer dtype that `store_plan` says.
         ratio: ``n/d``.
 
     Returns:
@@ -66,24 +69,29 @@ def shrink(value: Tensor, store: Tensor, ratio: Fraction) -> tuple[Tensor, Tenso
 
     Example:
         >>> ratio, store = Fraction(9, 10), torch.zeros(3, dtype=torch.int8)
-        >>> value, store = shrink(torch.tensor([1000, 1007, -5]), store, ratio)
+        >>> value, store = shrink(torch.tensor([1000.0, 1007.0, -5.0]), store, ratio)
         >>> value, store
-        (tensor([900, 907,  -4]), tensor([0, 0, 0], dtype=torch.int8))
+        (tensor([900., 907.,  -4.]), tensor([0, 0, 0], dtype=torch.int8))
         >>> grow(value, store, ratio)[0]
-        tensor([1000, 1007,   -5])
+        tensor([1000., 1007.,   -5.])
     """
     n, d = ratio.numerator, ratio.denominator
-    wide = store.to(torch.int64) * d + value.remainder(d)
-    value = value.div(d, rounding_mode="floor") * n + wide.remainder(n)
-    return value, wide.div(n, rounding_mode="floor").to(store.dtype)
+    dtype = value.dtype if store.dtype in (torch.int8, torch.int16) else torch.float64
+    kept = value.to(dtype)
+    # divisors as tensors: by a number CUDA multiplies with its reciprocal, whose floors are not exact
+    quotient = kept.div(kept.new_full((), d)).floor_()
+    wide = kept.sub_(quotient, alpha=d).add_(store.to(dtype), alpha=d)  # the remainder, above it the store
+    rest = wide.div(wide.new_full((), n)).floor_()
+    product = quotient.mul_(n).add_(wide).sub_(rest, alpha=n)
+    return product.to(value.dtype), rest.to(store.dtype)
 
 
 def grow(value: Tensor, store: Tensor, ratio: Fraction) -> tuple[Tensor, Tensor]:
-    """Undo `shrink`: divide integers by ``n/d``, with the bits from the store.
+    """Undo `shrink`: divide whole numbers by ``n/d``, with the bits from the store.
 
     Example:
-        >>> grow(*shrink(torch.tensor([-3]), torch.tensor([5]), Fraction(1, 2)), Fraction(1, 2))
-        (tensor([-3]), tensor([5]))
+        >>> grow(*shrink(torch.tensor([-3.0]), torch.tensor([5]), Fraction(1, 2)), Fraction(1, 2))
+        (tensor([-3.]), tensor([5]))
     """
     return shrink(value, store, 1 / ratio)
 
@@ -95,14 +103,13 @@ def store_plan(steps: int, ratio: Fraction) -> tuple[int, torch.dtype]:
     element, and some more at the beginning.
 
     Example:
-        >>> [store_plan(steps, Fraction(9, 10)) for steps in (29, 82, 187, 377, 1000)]
-        [(29, torch.int8), (82, torch.int16), (187, torch.int32), (377, torch.int64), (377, torch.int64)]
+        >>> [store_plan(steps, Fraction(9, 10)) for steps in (29, 82, 187, 302, 1000)]
+        [(29, torch.int8), (82, torch.int16), (187, torch.int32), (302, torch.int64), (311, torch.int64)]
     """
     for dtype, bits in _STORES.items():
-        taken = _capacity(ratio, bits)
-        if taken >= steps or dtype is torch.int64:
-            return min(taken, max(steps, 1)), dtype
-    raise AssertionError  # pragma: no cover
+        if _capacity(ratio, bits) >= steps:
+            return max(steps, 1), dtype
+    return _capacity(ratio, _STORES[torch.int64]), torch.int64
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,9 +120,24 @@ def _capacity(ratio: Fraction, bits: int) -> int:
     while True:
         wide = bound * d
         bound = (wide - 1) // n + 1
-        if bound > 2**bits or max(wide, bound * n) >= 2**63:
+        if bound > 2**bits or max(wide, bound * n) >= 2**53:
             return steps
         steps += 1
+
+
+class _Round(torch.autograd.Function):
+    """Round to a grid; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(x: Tensor, bits: int) -> Tensor:
+        return (x * 2.0**bits).round_().mul_(2.0**-bits).add_(0.0)  # no negative zeros
+
+    @staticmethod
+    def setup_context(*_: Any) -> None: ...
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def on_grid(x: Tensor, bits: int) -> Tensor:
@@ -125,19 +147,8 @@ def on_grid(x: Tensor, bits: int) -> Tensor:
         >>> on_grid(torch.tensor([0.3, -0.1]), bits=2)
         tensor([0.2500, 0.0000])
     """
-    return passing(torch.round(x.detach() * 2.0**bits) * 2.0**-bits, x)
-
-
-def passing(value: Tensor, x: Tensor) -> Tensor:
-    """``value``, to the bit, with the gradient of ``x``; not finite where ``x`` is not.
-
-    Example:
-        >>> x = torch.tensor([0.3], requires_grad=True)
-        >>> passing(torch.tensor([1.0]), 2 * x).backward()
-        >>> x.grad
-        tensor([2.])
-    """
-    return value + (x - x.detach())
+    rounded: Tensor = _Round.apply(x, bits)
+    return rounded
 
 
 class Grid(NamedTuple):
@@ -182,12 +193,12 @@ class Grid(NamedTuple):
         return cls(x_bits, v_bits, 2.0 ** (_DIGITS[dtype] - x_bits), 2.0 ** (_DIGITS[dtype] - v_bits))
 
     def units(self, v: Tensor) -> Tensor:
-        """Velocities in units of their grid, rounded, as int64; they carry no gradient."""
-        return torch.round(v.detach() * 2.0**self.v_bits).to(torch.int64)
+        """Velocities in units of their grid, rounded to whole numbers; they carry no gradient."""
+        return (v.detach() * 2.0**self.v_bits).round_()
 
-    def velocity(self, units: Tensor, dtype: torch.dtype) -> Tensor:
-        """The velocities of so many units."""
-        return units.to(dtype) * 2.0**-self.v_bits
+    def velocity(self, units: Tensor) -> Tensor:
+        """The velocities of so many units, which are overwritten."""
+        return units.mul_(2.0**-self.v_bits)
 
     def check(self, extents: Sequence[Tensor], label: str) -> None:
         """Raise if a position or velocity has left the range in which sums are exact.
@@ -213,6 +224,56 @@ class Grid(NamedTuple):
                         remedy="use a coarser grid (grid_bits=), float64, or normalise what the step computes",
                     )
                 )
+
+
+class _Accelerate(torch.autograd.Function):
+    """``n/d v + push`` on a grid; the gradient is that without a grid."""
+
+    @staticmethod
+    def forward(v: Tensor, push: Tensor, store: Tensor, ratio: Fraction, grid: Grid) -> tuple[Tensor, Tensor]:
+        units, store = shrink(grid.units(v), store, ratio)
+        return grid.velocity(units.add_(grid.units(push))), store
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.ratio = inputs[3]
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        return float(ctx.ratio) * grads[0], grads[0], None, None, None
+
+
+def accelerate(v: Tensor, push: Tensor, store: Tensor, ratio: Fraction, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``n/d v + push`` on the grid, and the store; the gradient is that without a grid.
+
+    Args:
+        v: velocities on the grid, ``(*)``.
+        push: what is added, ``(*)``, of the same dtype.
+        store: as in `shrink`.
+        ratio: ``n/d``.
+        grid: of positions and velocities.
+
+    Example:
+        >>> ratio, grid = Fraction(1, 2), Grid.of(torch.float32, Fraction(1, 2))
+        >>> v, store = accelerate(torch.ones(1), torch.tensor([0.25]), torch.zeros(1, dtype=torch.int8), ratio, grid)
+        >>> v, brake(v, torch.tensor([0.25]), store, ratio, grid)[0]
+        (tensor([0.7500]), tensor([1.]))
+    """
+    result: tuple[Tensor, Tensor] = _Accelerate.apply(v, push, store, ratio, grid)
+    return result
+
+
+def brake(v: Tensor, push: Tensor, store: Tensor, ratio: Fraction, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Undo `accelerate`, to the bit; the result carries no gradient.
+
+    Example:
+        >>> ratio, grid = Fraction(1, 2), Grid.of(torch.float32, Fraction(1, 2))
+        >>> brake(torch.ones(1), torch.zeros(1), torch.zeros(1, dtype=torch.int8), ratio, grid)[0]
+        tensor([2.])
+    """
+    units, store = grow(grid.units(v).sub_(grid.units(push)), store, ratio)
+    return grid.velocity(units), store
 
 
 def extent(x: Tensor, v: Tensor) -> list[Tensor]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..errors import RegistrationError, ShapeError, explain
 from ..registry import register
-from .exact import Grid, grow, on_grid, passing, ratio_of, shrink
+from .exact import Grid, accelerate, brake, on_grid, ratio_of
 from .keys import TakesKeys
 
 __all__ = ["ExactMomentumResidual", "MomentumResidual"]
@@ -165,8 +165,7 @@ class ExactMomentumResidual(MomentumResidual):
         """
         grid = self.grid(x.dtype)
         push = self.push(x, v, args, kwargs).to(x.dtype)
-        units, store = shrink(grid.units(v), store, self.ratio)
-        v = passing(grid.velocity(units + grid.units(push), v.dtype), self.gamma * v + push)
+        v, store = accelerate(v, push, store, self.ratio, grid)
         return x + on_grid(v, grid.x_bits), v, store
 
     def inverse(  # type: ignore[override]
@@ -180,8 +179,7 @@ class ExactMomentumResidual(MomentumResidual):
         grid = self.grid(x.dtype)
         x = x - on_grid(v, grid.x_bits)
         push = self.push(x, v, args, kwargs).to(x.dtype)
-        units, store = grow(grid.units(v) - grid.units(push), store, self.ratio)
-        return x, grid.velocity(units, v.dtype), store
+        return x, *brake(v, push, store, self.ratio, grid)
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """The grids of its streams."""

@@ -42,10 +42,13 @@ class MomentumSequential(nn.Module):
 
     The velocity begins at zero and is dropped at the end. Under ``reversible()`` each branch is evaluated once more, and what
     is held is: nothing for a step; the position and velocity at the end; both once more every ``hold_every`` steps, for
-    going back divides by gamma and an error grows. With ``exact=True`` positions and velocities lie on a grid, nothing is
-    lost in going back, and the chain holds one store instead: ``log2(1 / gamma)`` bits a step and element (0.15 for 0.9), in
-    1, 2, 4 or 8 bytes (`revhooks.nn.exact.store_plan`). Its gradients under ``reversible()`` are those of plain autograd, bit
-    by bit; against a chain without a grid its outputs are off by a few steps of the grid.
+    going back divides by gamma and an error grows.
+
+    With ``exact=True`` positions and velocities lie on a grid, nothing is lost in going back, and the chain holds one store
+    instead: ``log2(1 / gamma)`` bits a step and element, for 0.9 one byte up to 29 steps, two up to 82, four up to 187, eight up
+    to 311 and then another eight (`revhooks.nn.exact.store_plan`). Its gradients under ``reversible()`` are those of plain
+    autograd of the same chain, bit by bit, if its branches compute the same bits in every call. Rounding moves the outputs by
+    some steps of the grid: 1e-3 of their norm after 24 steps of float32, 5e-3 after 200.
 
     Args:
         *fs: the branches, modules from ``x`` and the extra arguments to the shape of ``x``; one may occur more than once.
@@ -150,7 +153,7 @@ class MomentumSequential(nn.Module):
         return MomentumState(on_grid(x, grid.x_bits), v if self.init_speed is None else on_grid(v, grid.v_bits))
 
     def run(self, state: MomentumState, *args: Any, **kwargs: Any) -> MomentumState:
-        """Run all steps from ``state``.
+        """Run all steps from ``state``, which `start` or the `run` of a chain with the same grid returned.
 
         Raises:
             ShapeError: as in `forward`.
@@ -234,5 +237,5 @@ class _Hold(torch.autograd.Function):
         return v.view_as(v)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(_: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None

@@ -2,9 +2,12 @@
 
 from ..registry import register
 from .activation import LeakyReLU, Logit, Sigmoid, SinhArcsinh, Softplus, Tanh
+from .convert import RevNetStack, WithoutSkip, to_momentum, to_revnet
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
 from .flow import Flow, FlowSequential, MultiScale
 from .mixing import ActNorm, InvertibleConv1x1, InvertibleLinear, Permute
+from .momentum import ExactMomentumResidual, MomentumResidual
+from .momentum_chain import MomentumSequential, MomentumState
 from .resampling import HaarDownsampling, HaarUpsampling, OrthogonalDownsampling, OrthogonalUpsampling
 from .reshape import Flatten, Pad, Reshape, Squeeze, Unsqueeze
 from .sequential import ReversibleSequential
@@ -14,6 +17,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Coupling",
+    "ExactMomentumResidual",
     "Flatten",
     "Flow",
     "FlowSequential",
@@ -23,12 +27,16 @@ __all__ = [
     "InvertibleLinear",
     "LeakyReLU",
     "Logit",
+    "MomentumResidual",
+    "MomentumSequential",
+    "MomentumState",
     "MultiScale",
     "OrthogonalDownsampling",
     "OrthogonalUpsampling",
     "Pad",
     "Permute",
     "Reshape",
+    "RevNetStack",
     "ReversibleSequential",
     "Sigmoid",
     "SinhArcsinh",
@@ -37,6 +45,9 @@ __all__ = [
     "Step",
     "Tanh",
     "Unsqueeze",
+    "WithoutSkip",
+    "to_momentum",
+    "to_revnet",
 ]
 
 register(Coupling, inverse="inverse")

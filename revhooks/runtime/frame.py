@@ -244,7 +244,7 @@ class Frame(abc.ABC):
         """Stay as it is until backward, and say why."""
         self.why_kept = why
 
-    def link(self, tensor: Tensor, grid_bits: int | None = None) -> Value | None:
+    def link(self, tensor: Tensor, grid_bits: int | None = None, *, keeps_zeros: bool = False) -> Value | None:
         """The earlier frame's output that ``tensor`` is, if this frame is to give it back.
 
         A frame on a grid gives back what lies on that grid, zeros included.
@@ -253,7 +253,7 @@ class Frame(abc.ABC):
         if value is None:
             return None
         exact = value.grid_bits is not None and grid_bits is not None and value.grid_bits <= grid_bits
-        if not exact and (grid_bits is not None or has_exact_zeros(tensor)):
+        if not exact and (grid_bits is not None or (not keeps_zeros and has_exact_zeros(tensor))):
             return None
         value.consumer = self
         self.inputs.append(weakref.ref(value))

@@ -58,6 +58,8 @@ CASES = [
         lambda: rnn.ReversibleSequential(*[mlp(4, 8, 0.3) for _ in range(6)], dim=-1, coupling="affine"),
         (3, 8),
     ),
+    Case("residual mlp", lambda: rnn.InvertibleResidual(nn.Sequential(nn.Linear(8, 9), nn.ELU(), nn.Linear(9, 8))), (3, 8)),
+    Case("residual conv", lambda: rnn.InvertibleResidual(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), (2, 8, 5, 5)),
     Case("sequential law", lambda: rnn.ReversibleSequential(*[mlp(4) for _ in range(6)], dim=-1, coupling=MULTIPLY), (3, 8)),
 ]
 IDS = [case.name for case in CASES]

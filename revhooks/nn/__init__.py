@@ -2,8 +2,21 @@
 
 from ..registry import register
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
+from .lipschitz import lipschitz_bound
+from .residual import InvertibleResidual
 from .sequential import ReversibleSequential
+from .spectral import contract, conv_singular_values
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "ReversibleSequential", "Step"]
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "InvertibleResidual",
+    "ReversibleSequential",
+    "Step",
+    "contract",
+    "conv_singular_values",
+    "lipschitz_bound",
+]
 
 register(Coupling, inverse="inverse")

@@ -29,7 +29,7 @@ class Solution(NamedTuple):
     Attributes:
         value: the last ``fn(x)``, of the start's shape and dtype.
         steps: how often ``fn`` was called.
-        residual: the largest ``|fn(x) - x| / |fn(x)|`` of a sample in the last step, L2 norms.
+        residual: the largest ``|fn(x) - x|`` of a sample in the last step, relative to ``max(|fn(x)|, |y0|)``; L2 norms.
         converged: whether every sample's residual is within the tolerance.
     """
 
@@ -62,8 +62,9 @@ def fixed_point(
 ) -> Solution:
     """Solve ``x = fn(x)`` by iteration from ``y0``; nothing is recorded for backward.
 
-    A sample is done when ``|fn(x) - x| <= atol + rtol |fn(x)|`` (L2 norms over all dimensions but the first); the iteration
-    when all are. If ``fn`` contracts by ``c`` a step, the value returned is within ``c / (1 - c)`` residuals of the solution.
+    A sample is done when ``|fn(x) - x| <= atol + rtol max(|fn(x)|, |y0|)`` (L2 norms over all dimensions but the first), the
+    iteration when all are. If ``fn`` contracts by ``c`` a step, the value returned is within ``c / (1 - c)`` residuals of the
+    solution. The start counts too because ``y0 - g(x)`` is not known better than to the rounding of ``y0``.
 
     Args:
         fn: maps ``(B, *)`` to ``(B, *)``, each sample by itself; called under ``no_grad``.
@@ -99,11 +100,12 @@ def fixed_point(
         )
     rtol = tolerance(y0.dtype) if rtol is None else rtol
     mixing = _Anderson(anderson) if anderson else None
-    x, best, reached = y0.detach(), (math.inf, math.inf), 0
+    x, floor = y0.detach(), _norms(y0.detach())
+    best, reached = (math.inf, math.inf), 0
     for step in range(1, max_steps + 1):
         value = fn(x)
         _check_kept(value, x)
-        residual, excess = _measure(value, x, rtol, atol)
+        residual, excess = _measure(value, x, floor, rtol, atol)
         if residual < best[0] or excess < best[1]:
             best, reached = (min(residual, best[0]), min(excess, best[1])), step
         if excess <= 0 or excess == math.inf or step in (reached + patience, max_steps):
@@ -112,11 +114,11 @@ def fixed_point(
     return Solution(value, step, residual, excess <= 0)
 
 
-def _measure(value: Tensor, x: Tensor, rtol: float, atol: float) -> tuple[float, float]:
+def _measure(value: Tensor, x: Tensor, floor: Tensor, rtol: float, atol: float) -> tuple[float, float]:
     """The largest relative step of a sample, and by how much the worst one misses the tolerance."""
     if value.is_meta or not value.numel():
         return 0.0, 0.0
-    distance, scale = _norms(value - x), _norms(value)
+    distance, scale = _norms(value - x), torch.maximum(_norms(value), floor)
     relative = torch.where(distance > 0, distance / scale, distance)
     excess = distance - (atol + rtol * scale)
     residual, missed = torch.stack([relative.max(), excess.max()]).tolist()  # one wait for the device
@@ -156,14 +158,13 @@ class _Anderson:
         del self._values[: -self._memory - 1], self._residuals[: -self._memory - 1]
         if len(self._values) == 1:
             return value
-        last = self._residuals[-1]
-        changes = torch.stack([last - r for r in self._residuals[:-1]], 1).double()  # (B, m, N)
-        gram = changes @ changes.mT
-        # without it a sample that has converged would divide by zero
-        ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)
-        gram = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
-        gamma = torch.linalg.solve_ex(gram, changes @ last.double()[..., None])[0]
-        steps = torch.stack([self._values[-1] - v for v in self._values[:-1]], 1)
-        mixed = self._values[-1] - (steps.mT @ gamma.to(steps.dtype))[..., 0]
-        usable = mixed.isfinite().all(1, keepdim=True)
-        return torch.where(usable, mixed, self._values[-1]).reshape(value.shape)
+        last = self._residuals[-1].double()[..., None]  # (B, N, 1)
+        changes = torch.stack([self._residuals[-1] - r for r in self._residuals[:-1]], 2).double()  # (B, N, m)
+        size = changes.square().sum((1, 2), keepdim=True).sqrt()
+        changes, last = (t / torch.where(size > 0, size, 1) for t in (changes, last))
+        # the ridge is for a sample that has converged: its changes vanish
+        gram = changes.mT @ changes + 1e-12 * torch.eye(changes.shape[2], dtype=changes.dtype, device=changes.device)
+        gamma = torch.linalg.solve(gram, changes.mT @ last).to(value.dtype)
+        steps = torch.stack([self._values[-1] - v for v in self._values[:-1]], 2)
+        mixed: Tensor = self._values[-1] - (steps @ gamma)[..., 0]
+        return mixed.reshape(value.shape)

@@ -249,7 +249,7 @@ def test_contract_keeps_parameters_names_and_sharing() -> None:
     [
         ((3,), (7,), 1, 1),
         ((3, 3), (5, 6), 1, 1),
-        ((2, 3), (5, 6), (2, 1), 2),
+        ((2, 3), (4, 6), (2, 1), 2),
         ((3, 3), (2, 2), 1, 1),
         ((2, 2, 2), (3, 3, 2), 1, 1),
     ],
@@ -333,6 +333,19 @@ def test_inverse(case: Case, anderson: int) -> None:
     made.eval()
     assert torch.allclose(made.inverse(made(x)), x, atol=1e-10)
     assert torch.allclose(made(made.inverse(x)), x, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_inverse_of_a_blank_sample(dtype: torch.dtype) -> None:
+    """The output is all bias: next to nothing of the input is left to be relative to."""
+    made = block(CASES[4]).to(dtype)
+    x = batch(CASES[4], dtype)
+    x[0] *= torch.finfo(dtype).eps
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.mul_(100 if name.endswith("bias") else 1)
+        y = made(x)
+        assert (made.inverse(y) - x).norm() <= 10 * torch.finfo(dtype).eps * y.norm()
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -446,8 +459,9 @@ def test_gradient_of_the_estimate_is_that_of_the_exact_one() -> None:
     assert torch.allclose(*grads, atol=1e-9)
 
 
-def test_log_det_without_grad() -> None:
-    made, x = block(CASES[1]), batch(CASES[1])
+@pytest.mark.parametrize("terms", [None, 3])
+def test_log_det_without_grad(terms: int | None) -> None:
+    made, x = block(CASES[1], terms=terms), batch(CASES[1])
     with torch.no_grad():
         y, ladj = made.call_and_ladj(x)
     assert not y.requires_grad
@@ -636,10 +650,12 @@ def test_gradient_of_the_inverse(case: Case, reverse: bool) -> None:
 
 
 def test_inverse_asks_for_grad_only_where_there_is_some() -> None:
-    made = block(CASES[1]).requires_grad_(False)
-    y = batch(CASES[1])
-    assert not made.inverse(y).requires_grad
-    assert made.inverse(y.requires_grad_()).requires_grad
+    made, y, weights = block(CASES[1]), batch(CASES[1]), batch(CASES[1])
+    (wanted,) = torch.autograd.grad(made.inverse(y.requires_grad_()), y, weights)
+    made.requires_grad_(False)
+    assert not made.inverse(y.detach()).requires_grad
+    (got,) = torch.autograd.grad(made.inverse(y), y, weights)
+    assert torch.equal(got, wanted)
 
 
 def test_inverse_is_not_differentiated_twice() -> None:

@@ -107,7 +107,15 @@ def test_absolute_tolerance() -> None:
     found = fixed_point(lambda x: 0.5 * x, start, rtol=0.0, atol=1e-9)
     assert found.converged
     assert 25 < found.steps < 35
-    assert not fixed_point(lambda x: 0.5 * x, start, max_steps=100).converged
+    assert not fixed_point(lambda x: 0.5 * x, start, rtol=0.0, atol=0.0, max_steps=100).converged
+
+
+def test_a_solution_near_zero_is_judged_by_the_start() -> None:
+    """``y - g(x)`` is not known better than to the rounding of y, here a noise of 1e-7 y."""
+    y = torch.ones(3, 50, dtype=torch.float64)
+    found = fixed_point(lambda x: 0.5 * x + 1e-7 * torch.sin(1e12 * x), y, rtol=1e-6)
+    assert found.converged
+    assert found.value.abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("rate", [0.9, 0.99])

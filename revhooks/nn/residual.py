@@ -181,22 +181,14 @@ class InvertibleResidual(nn.Module):
             InversionError: the iteration has not converged.
         """
         x = self._required(self.inverse_with_evidence(y, *args, **kwargs), "inverse")
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in self._sources(y, args, kwargs))):
-            return y - self._shown(x, args, kwargs)
-        update = self._shown(x.requires_grad_(), args, kwargs)
-        result = y - update
-        result.register_hook(lambda grad: self._implicit(grad, update, x))
+        leaves = (leaf for leaf in (y, *args, *kwargs.values(), *self.g.parameters()) if isinstance(leaf, Tensor))
+        if not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+            return x
+        update = self.g(x.requires_grad_(), *args, **kwargs)
+        result: Tensor = y - update
+        if result.requires_grad:
+            result.register_hook(lambda grad: self._implicit(grad, update, x))
         return result
-
-    def _sources(self, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """What a gradient of the inverse may flow to."""
-        yield from (leaf for leaf in (y, *args, *kwargs.values()) if isinstance(leaf, Tensor))
-        yield from self.g.parameters()
-
-    def _shown(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """``g(x)``, the one evaluation of an inverse that a runtime sees: see `_evaluate`."""
-        update: Tensor = self.g(x, *args, **kwargs)
-        return update
 
     def inverse_with_evidence(self, y: Tensor, *args: Any, **kwargs: Any) -> Solution:
         """What the iteration finds, with steps and residual; nothing is recorded for backward, and nothing raised.
@@ -211,19 +203,22 @@ class InvertibleResidual(nn.Module):
         return self._solve(step, y)
 
     def _solve(self, step: Callable[[Tensor], Tensor], start: Tensor) -> Solution:
-        found = fixed_point(step, start, rtol=self.rtol, max_steps=self.max_steps, anderson=self.anderson)
-        return found._replace(converged=found.converged or found.residual <= self._rounding(start))
+        rtol = self._tolerance(start)
+        return fixed_point(step, start, rtol=rtol, max_steps=self.max_steps, anderson=self.anderson)
 
-    def _rounding(self, y: Tensor) -> float:
-        """The residual that an iteration cannot get below where autocast makes the branch coarser than the stream."""
-        coarse = torch.is_autocast_enabled(y.device.type) and self.rtol is None
-        return tolerance(torch.get_autocast_dtype(y.device.type)) if coarse else 0.0
+    def _tolerance(self, y: Tensor) -> float:
+        """Under autocast the branch is coarser than the stream, and rounding stops the iteration earlier."""
+        if self.rtol is not None:
+            return self.rtol
+        coarse = torch.is_autocast_enabled(y.device.type)
+        own = tolerance(y.dtype)
+        return max(own, tolerance(torch.get_autocast_dtype(y.device.type)) / 4) if coarse else own
 
     def _evaluate(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """``g(x)``, called past the instance.
 
-        A runtime that watches the calls of ``g`` matches them by their order. The number of steps may change from call to
-        call; so an iteration shows none of its own, and `inverse` one, the last.
+        A runtime that watches the calls of ``g`` matches those of an inverse with those of forward by their order. The number of
+        steps changes from call to call, so an iteration shows none; then its slots are filled by one call of forward.
         """
         forward = type(self.g).forward
         if forward is nn.Module.forward:  # torch.compile puts its own on the instance
@@ -236,7 +231,6 @@ class InvertibleResidual(nn.Module):
         state = RngTracker.capture(x.device, frozenset({"torch"}))
 
         def repeated(z: Tensor) -> Tensor:
-            state.restore()
             try:
                 return fn(z)
             finally:
@@ -265,7 +259,7 @@ class InvertibleResidual(nn.Module):
     def _required(self, solution: Solution, what: str) -> Tensor:
         if solution.converged:
             return solution.value
-        rtol = tolerance(solution.value.dtype) if self.rtol is None else self.rtol
+        rtol = self._tolerance(solution.value)
         raise InversionError(
             explain(
                 f"InvertibleResidual ({what})",
@@ -309,7 +303,7 @@ class InvertibleResidual(nn.Module):
         self._update(x, args, kwargs)
         return self.transform_and_ladj(x, *args, **kwargs)
 
-    @invertible(inverse=lambda block, out, *args, **kwargs: block._inverse_of_pair(out, args, kwargs), cost=COST)
+    @invertible(inverse=lambda block, out, *args, **kwargs: block.inverse(out[0], *args, **kwargs), cost=COST)
     def transform_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`call_and_ladj` as the block stands, without power iteration."""
         record = torch.is_grad_enabled()
@@ -318,16 +312,11 @@ class InvertibleResidual(nn.Module):
             # past the instance: products with the Jacobian need the graph of this very evaluation, also in a replay
             update = self._kept(self._evaluate(source, args, kwargs), x)
             ladj = _exact(source, update) if self.terms is None else self._series(source, update, record=record)
-        if not record:
-            update, ladj = update.detach(), ladj.detach()
-        return x + update, ladj
+        return x + update, ladj if record else ladj.detach()
 
     def log_det(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``log|det dy/dx|`` of each sample, shape ``(B,)``, as `call_and_ladj` gives it."""
         return self.call_and_ladj(x, *args, **kwargs)[1]
-
-    def _inverse_of_pair(self, out: tuple[Tensor, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self._required(self.inverse_with_evidence(out[0], *args, **kwargs), "inverse")
 
     def _series(self, x: Tensor, update: Tensor, *, record: bool) -> Tensor:
         total = update.new_zeros(len(x))

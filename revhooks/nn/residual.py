@@ -1,8 +1,9 @@
 """Residual blocks that invert because their branch is a contraction.
 
 References:
-    Invertible Residual Networks (Behrmann et al., 2018, arXiv:1811.00995), theorem 1 and section 3.2.
-    A Stochastic Estimator of the Trace of the Influence Matrix (Hutchinson, 1989).
+    Invertible Residual Networks (Behrmann et al., 2018, arXiv:1811.00995), theorem 1; for the log-determinant its ICML 2019
+    version.
+    A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines (Hutchinson, 1989).
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ class InvertibleResidual(nn.Module):
             ShapeError: ``g`` changes the shape.
 
         References:
-            Behrmann et al., 2018, arXiv:1811.00995, eq. 4 and algorithm 2 of the ICML version; theorem 3 for the bias.
+            Behrmann et al., ICML 2019 (arXiv:1811.00995), on the power series and its error; Hutchinson, 1989.
 
         Example:
             >>> block = InvertibleResidual(nn.Linear(3, 3), 0.5, terms=None)

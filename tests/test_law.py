@@ -74,6 +74,8 @@ CASES = [
     Case("mixing", _mixing, (2, 8, 5, 5)),
     Case("resampling", _resampling, (2, 4, 4, 4)),
     Case("dense linear", lambda: rnn.InvertibleLinear(8, lu=False), (3, 7, 8)),
+    Case("residual mlp", lambda: rnn.InvertibleResidual(nn.Sequential(nn.Linear(8, 9), nn.ELU(), nn.Linear(9, 8))), (3, 8)),
+    Case("residual conv", lambda: rnn.InvertibleResidual(nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))), (2, 8, 5, 5)),
     Case("sequential law", lambda: rnn.ReversibleSequential(*[mlp(4) for _ in range(6)], dim=-1, coupling=MULTIPLY), (3, 8)),
 ]
 IDS = [case.name for case in CASES]

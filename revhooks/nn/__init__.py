@@ -5,12 +5,15 @@ from .activation import LeakyReLU, Logit, Sigmoid, SinhArcsinh, Softplus, Tanh
 from .convert import RevNetStack, WithoutSkip, to_momentum, to_revnet
 from .coupling import AdditiveCoupling, AffineCoupling, Coupling, Step
 from .flow import Flow, FlowSequential, MultiScale
+from .lipschitz import lipschitz_bound
 from .mixing import ActNorm, InvertibleConv1x1, InvertibleLinear, Permute
 from .momentum import ExactMomentumResidual, MomentumResidual
 from .momentum_chain import MomentumSequential, MomentumState
 from .resampling import HaarDownsampling, HaarUpsampling, OrthogonalDownsampling, OrthogonalUpsampling
 from .reshape import Flatten, Pad, Reshape, Squeeze, Unsqueeze
+from .residual import InvertibleResidual
 from .sequential import ReversibleSequential
+from .spectral import contract, conv_singular_values
 
 __all__ = [
     "ActNorm",
@@ -25,6 +28,7 @@ __all__ = [
     "HaarUpsampling",
     "InvertibleConv1x1",
     "InvertibleLinear",
+    "InvertibleResidual",
     "LeakyReLU",
     "Logit",
     "MomentumResidual",
@@ -46,6 +50,9 @@ __all__ = [
     "Tanh",
     "Unsqueeze",
     "WithoutSkip",
+    "contract",
+    "conv_singular_values",
+    "lipschitz_bound",
     "to_momentum",
     "to_revnet",
 ]

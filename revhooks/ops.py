@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ModifiedError, ReplayError, explain
 
-__all__ = ["Operation", "Source", "is_view", "operation", "output_size"]
+__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_view", "operation", "output_size"]
 
 Edge = tuple[Any, int]
 
@@ -34,13 +34,13 @@ class Source(Protocol):
 
 
 class Operation(NamedTuple):
-    """``compute(*inputs)`` repeats a node; an input is a `Source`, a number, an edge of the graph, or ``None``.
+    """``compute(*inputs)`` repeats a node; an input is a `Source`, an edge of the graph, or ``None``.
 
     ``compute_`` does the same in the memory of its first input.
     """
 
     compute: Callable[..., Tensor]
-    inputs: Sequence[Source | float | Edge | None]
+    inputs: Sequence[Source | Edge | None]
     compute_: Callable[..., Tensor] | None = None
 
 
@@ -61,6 +61,11 @@ def operation(node: Node) -> Operation | None:
     return make(node) if make is not None else None
 
 
+def is_doubtful(name: str) -> bool:
+    """Whether the graph does not tell all about nodes of this name, so that each of them has to be tried."""
+    return name == "ConstantPadNdBackward0"
+
+
 def is_view(name: str) -> bool:
     """Whether the output of a node of this name may lie in the memory of its input."""
     return name in _VIEWS or name == "ToCopyBackward0"
@@ -71,11 +76,23 @@ def output_size(node: Node) -> torch.Size:
     return torch.Size(node._input_metadata[0].shape)
 
 
-def _saved(node: Any, name: str) -> Source | float | None:
+class _Number:
+    """A number that an operation got, as the tensor of no dimensions that it was made to."""
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+
+    def get(self) -> Tensor:
+        return self._tensor
+
+
+def _saved(node: Any, name: str) -> Source | None:
     """What the node saved: a handle, or a number that needed none; ``None`` for nothing, or saved by other means."""
     data = getattr(node, f"_raw_saved_{name}").data
     if isinstance(data, Tensor):
-        return data.item() if data.dim() == 0 and not data.is_meta else None
+        return _Number(data) if data.dim() == 0 and not data.requires_grad else None
     return data if isinstance(data, Source) else None
 
 
@@ -131,7 +148,7 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
     return make
 
 
-class _Parameter:
+class Parameter:
     """A parameter as a source, where the node did not save it.
 
     Raises:
@@ -145,6 +162,7 @@ class _Parameter:
         self._version = tensor._version
 
     def get(self) -> Tensor:
+        """The parameter."""
         if self._tensor._version != self._version:
             raise ModifiedError(
                 explain(
@@ -159,11 +177,25 @@ class _Parameter:
 
 def _parameter(edge: Edge) -> Source | None:
     variable = getattr(edge[0], "variable", None)
-    return None if variable is None else _Parameter(variable)
+    return None if variable is None else Parameter(variable)
 
 
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)
 _eps_of = WeakTensorKeyDictionary()  # of a weight: what its layer's rows have shown
+
+
+def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor, likely: float | None) -> float | None:
+    """The eps that gives the deviations of some rows; ``None`` if none does, or if they do not tell it from others."""
+    rows = x.reshape(-1, *shape)[:32]
+    deviations = rstd.reshape(-1)[: len(rows)]
+
+    def matches(eps: float) -> bool:
+        return torch.equal(torch.native_layer_norm(rows, shape, None, None, eps)[2].reshape(-1), deviations)
+
+    if likely is not None and matches(likely):
+        return likely
+    eps = next((eps for eps in _EPSILONS if matches(eps)), None)
+    return None if eps is None or matches(1.01 * eps + 1e-30) else eps
 
 
 def _layer_norm(node: Any) -> Operation | None:
@@ -174,16 +206,10 @@ def _layer_norm(node: Any) -> Operation | None:
         return None
     shape = tuple(node._saved_normalized_shape)
 
-    def matches(eps: float, x: Tensor, rstd: Tensor) -> bool:
-        return torch.equal(torch.native_layer_norm(x, shape, None, None, eps)[2].reshape(-1), rstd.reshape(-1))
-
     parameter = getattr(node.next_functions[1][0], "variable", None)
     first = None if parameter is None else _eps_of.get(parameter)
     if first is None or getattr(source, "held", False):
-        x = source.get()
-        rows = x.reshape(-1, *shape)[:32]
-        deviations = rstd.get().reshape(-1)[: len(rows)]
-        first = next((eps for eps in (first, *_EPSILONS) if eps is not None and matches(eps, rows, deviations)), None)
+        first = _eps_by(source.get(), shape, rstd.get(), first)
         if first is None:
             return None
         if parameter is not None:
@@ -255,12 +281,13 @@ def _cast(node: Any) -> Operation | None:
 
 
 def _slice(node: Any) -> Operation | None:
-    dim, start, end, step = (getattr(node, f"_saved_{name}") for name in ("dim", "start", "end", "step"))
-    if step != 1:
+    """Its bounds come as unsigned numbers, or as none; what they mean the output's size confirms."""
+    dim, start, end, step = (_signed(getattr(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
+    whole, size = tuple(node._saved_self_sym_sizes), output_size(node)
+    bounds = slice(start, end, step)
+    if len(range(whole[dim])[bounds]) != size[dim]:
         return None
-    size = node._saved_self_sym_sizes[dim]
-    dim = dim if dim < 1 << 62 else dim - (1 << 64)
-    return Operation(lambda x: x[(slice(None),) * (dim % x.dim()) + (slice(start, min(end, size)),)], node.next_functions[:1])
+    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], node.next_functions[:1])
 
 
 def _cat(node: Any) -> Operation | None:
@@ -268,8 +295,9 @@ def _cat(node: Any) -> Operation | None:
     return Operation(lambda *parts: torch.cat(parts, dim), node.next_functions)
 
 
-def _signed(dim: int) -> int:
-    return dim if dim < 1 << 63 else dim - (1 << 64)
+def _signed(number: Any) -> Any:
+    """The graph gives negative numbers as unsigned ones."""
+    return number - (1 << 64) if isinstance(number, int) and number >= 1 << 63 else number
 
 
 def _transpose(node: Any) -> Operation | None:
@@ -302,7 +330,7 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "AddBackward0": _sum(1),
     "CatBackward0": _cat,
     "CloneBackward0": _from_edge(lambda x: x.clone(memory_format=torch.contiguous_format)),
-    "ConstantPadNdBackward0": _from_edge(lambda x, pad: F.pad(x, tuple(pad)), "pad"),
+    "ConstantPadNdBackward0": _from_edge(lambda x, pad: F.pad(x, tuple(map(_signed, pad))), "pad"),  # with zeros, as is tried
     "CosBackward0": _from_saved(torch.cos),
     "CudnnBatchNormBackward0": _batch_norm,
     "DivBackward0": _product(torch.div),

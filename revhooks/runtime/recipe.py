@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ReplayError, explain
-from ..ops import Source, is_view, operation
+from ..ops import Parameter, is_doubtful, is_view, operation
 from ..state import PLAIN
 from ..storage import Geometry, restride
 from .guard import Sample
+from .handle import LeafHandle
 
 if TYPE_CHECKING:
     from .run import Run
@@ -37,18 +40,26 @@ class _Step(NamedTuple):
     def run(self) -> Tensor:
         return self.compute(*map(_value_of, self.inputs))
 
-    def sources(self) -> Iterator[Source]:
+    def signature(self, named: list[Any]) -> tuple[Any, ...]:
+        """What it does, and on which parameters, which are added to ``named``."""
+        parts: list[Any] = [self.name]
         for part in self.inputs:
-            if isinstance(part, _Step):
-                yield from part.sources()
-            elif part is not None and not isinstance(part, (int, float)):
-                yield part
+            if type(part) is _Step:
+                parts.append(part.signature(named))
+            elif isinstance(part, (LeafHandle, Parameter)):
+                parts.append(part.get().untyped_storage()._cdata)
+                named.append(part)
+        return tuple(parts)
+
+    def doubtful(self) -> bool:
+        """Whether the graph leaves open what a step does."""
+        return is_doubtful(self.name) or any(part.doubtful() for part in self.inputs if type(part) is _Step)
 
 
 def _value_of(part: Any) -> Any:
     if type(part) is _Step:
         return part.run()
-    return part if part is None or isinstance(part, (int, float)) else part.get()
+    return None if part is None else part.get()
 
 
 class Recipe:
@@ -118,7 +129,7 @@ def recipe_of(run: Run, base: Tensor, what: str) -> Recipe | None:
     step = found.step(node)
     if step is None or found.depth >= MAX_DEPTH:
         return None
-    if base._version and not _is_tracked(run, step, base):
+    if not _is_known(run, step, base):
         return None
     return Recipe(run, step, run.guard.sample(base), found.depth + 1, f"{what}, recomputed by {' after '.join(found.names)}")
 
@@ -173,22 +184,38 @@ class _Search:
 
 _UNKNOWN = object()
 
-_tracked: set[object] = set()  # sites whose changes in place the graph knows of
+_tried: dict[object, bool] = {}  # by site: whether what the recipe computes is what was there
 
 
-def _is_tracked(run: Run, step: _Step, base: Tensor) -> bool:
-    """Whether the graph knows of the changes in place: of those under `torch.no_grad` it does not.
+def _is_known(run: Run, step: _Step, base: Tensor) -> bool:
+    """Whether a recipe computes what is there: tried the first time that its site is met (Rule 10).
 
-    That is tried once for a layer, which is told by its parameters; afterwards the guard's sample has to do.
+    The graph does not know of changes under `torch.no_grad`: to the tensor, whose version tells, or to one on the way to it. A
+    site with parameters makes such changes every time or never (edits now and then are left to the guard's sample); where
+    none tells sites apart, it is tried each time.
     """
-    leaves = tuple(source.get().untyped_storage()._cdata for source in step.sources() if not hasattr(source, "pinned"))
-    site = (step.name, base._version, base.shape, leaves)
-    if leaves and site in _tracked:
+    if base.is_meta:
         return True
-    tracked = torch.equal(_plainly(step), base)
-    run.purge()  # what was recomputed for it
-    if tracked and leaves:
-        if len(_tracked) > 4096:
-            _tracked.clear()
-        _tracked.add(site)
-    return tracked
+    named: list[Any] = []
+    signature = step.signature(named)
+    site = (signature, base._version, base.dtype, base.dim(), _caller())
+    known = _tried.get(site)
+    simple = not base._version and not any(type(part) is _Step for part in step.inputs)
+    if known is None or step.doubtful() or not (simple or named):
+        known = torch.equal(_plainly(step), base)
+        run.purge()  # what was recomputed for it
+        if len(_tried) > 4096:
+            _tried.clear()
+        _tried[site] = known
+    return known
+
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+
+
+def _caller() -> object:
+    """The line of code outside of torch, and of this package, that saves a tensor now."""
+    frame = sys._getframe(4)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return frame.f_code, frame.f_lasti

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import islice
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from .guard import Sample
 from .local import LOCAL, saving_to
 from .plan import Facts, facts_of
 from .slots import Slots
-from .tree import leaves_of, tensors_of
+from .tree import tensors_of
 from .value import Value
 
 if TYPE_CHECKING:
@@ -78,28 +80,35 @@ def _facts_about(fn: Callable[..., Any]) -> Facts:
 
 
 def _modules_reached(fn: Any, args: Any) -> dict[nn.Module, None]:
-    """The modules in a function's closure, globals, defaults and arguments."""
+    """The modules in a function's closure, globals, defaults and arguments, and in the objects there."""
     found: dict[nn.Module, None] = {}
     seen: set[int] = set()
-    stack = [fn, args]
-    while stack:
-        thing = stack.pop()
-        if id(thing) in seen or isinstance(thing, Tensor):
+    stack = [(fn, True), (args, False)]  # whether functions are looked into
+    while stack and len(seen) < _MOST:
+        thing, inside = stack.pop()
+        if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, str, int, float)):
             continue
         seen.add(id(thing))
         if isinstance(thing, nn.Module):
             found[thing] = None
-        elif isinstance(thing, (tuple, list, dict)):
-            stack += leaves_of(thing)
+        elif isinstance(thing, (tuple, list)):
+            stack += [(part, inside) for part in thing[:_MOST]]
+        elif isinstance(thing, dict):
+            stack += [(part, inside) for part in islice(thing.values(), _MOST)]
         elif isinstance(thing, functools.partial):
-            stack += [thing.func, thing.args, thing.keywords]
+            stack += [(thing.func, inside), (thing.args, inside), (thing.keywords, inside)]
         elif inspect.ismethod(thing):
-            stack += [thing.__self__, thing.__func__]
-        elif inspect.isfunction(thing):
-            stack += [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
-            stack += [thing.__globals__.get(name) for name in thing.__code__.co_names]
-            stack.append(thing.__defaults__)
+            stack += [(thing.__self__, inside), (thing.__func__, inside)]
+        elif not inspect.isfunction(thing):
+            stack += [(part, False) for part in getattr(thing, "__dict__", {}).values()]
+        elif inside:
+            stack += [(cell.cell_contents, True) for cell in thing.__closure__ or () if _is_filled(cell)]
+            stack += [(thing.__globals__.get(name), False) for name in thing.__code__.co_names]
+            stack.append((thing.__defaults__, True))
     return found
+
+
+_MOST = 200  # things to look at, for a call that is to cost microseconds
 
 
 def _is_filled(cell: Any) -> bool:

@@ -197,7 +197,7 @@ class Run:
         value.count_packed(tensor)
         if plain:
             return value
-        recipe = code_of(self, tensor, place) if unshared else recipe_of(self, base, place)
+        recipe = (code_of(self, tensor, place) if base is tensor else None) if unshared else recipe_of(self, base, place)
         if recipe is not None:
             value.recipe = recipe
             self.budget.add_value(value)

@@ -17,7 +17,7 @@ _HOME = {
     "check": ".checking",
     "CheckResult": ".checking",
 }
-_SUBMODULES = ("errors", "functional", "nn", "record")
+_SUBMODULES = ("errors", "functional", "nn", "record", "solvers")
 
 __all__ = [
     "CheckResult",
@@ -31,11 +31,12 @@ __all__ = [
     "register",
     "registered",
     "reversible",
+    "solvers",
     "unregister",
 ]
 
 if TYPE_CHECKING:
-    from . import errors, functional, nn, record
+    from . import errors, functional, nn, record, solvers
     from .checking import CheckResult, check
     from .context import checkpoint, reversible
     from .registry import invertible, register, registered, unregister

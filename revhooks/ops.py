@@ -9,7 +9,7 @@ every attribute of a tensor, a dispatch mode 10.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,14 @@ __all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_view", "operat
 Edge = tuple[Any, int]
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Something that gives a tensor when it is asked."""
+class Source:
+    """Something that gives a tensor when it is asked: the base of this package's handles."""
+
+    __slots__ = ()
 
     def get(self) -> Tensor:
         """The tensor."""
-        ...
+        raise NotImplementedError
 
 
 class Operation(NamedTuple):
@@ -48,7 +49,7 @@ def operation(node: Node) -> Operation | None:
     """How to repeat the operation of ``node``; ``None`` if it is not cheap, or the graph does not tell.
 
     Example:
-        >>> class Handle:
+        >>> class Handle(Source):
         ...     def __init__(self, tensor): self.tensor = tensor.detach()
         ...     def get(self): return self.tensor
         >>> with torch.autograd.graph.saved_tensors_hooks(Handle, Handle.get):
@@ -76,13 +77,13 @@ def output_size(node: Node) -> torch.Size:
     return torch.Size(node._input_metadata[0].shape)
 
 
-class _Number:
+class _Number(Source):
     """A number that an operation got, as the tensor of no dimensions that it was made to."""
 
     __slots__ = ("_tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()
+        self._tensor = tensor
 
     def get(self) -> Tensor:
         return self._tensor
@@ -148,7 +149,7 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
     return make
 
 
-class Parameter:
+class Parameter(Source):
     """A parameter as a source, where the node did not save it.
 
     Raises:
@@ -184,13 +185,18 @@ _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.f
 _eps_of = WeakTensorKeyDictionary()  # of a weight: what its layer's rows have shown
 
 
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, and not a number where the other is not."""
+    return torch.equal(torch.nan_to_num(a, nan=-1.0), torch.nan_to_num(b, nan=-1.0))
+
+
 def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor, likely: float | None) -> float | None:
     """The eps that gives the deviations of some rows; ``None`` if none does, or if they do not tell it from others."""
     rows = x.reshape(-1, *shape)[:32]
     deviations = rstd.reshape(-1)[: len(rows)]
 
     def matches(eps: float) -> bool:
-        return torch.equal(torch.native_layer_norm(rows, shape, None, None, eps)[2].reshape(-1), deviations)
+        return _same_bits(torch.native_layer_norm(rows, shape, None, None, eps)[2].reshape(-1), deviations)
 
     if likely is not None and matches(likely):
         return likely
@@ -218,7 +224,7 @@ def _layer_norm(node: Any) -> Operation | None:
     def compute(x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         for eps in (first, *_EPSILONS):
             y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
-            if torch.equal(again, rstd):
+            if _same_bits(again, rstd):
                 return y
         raise ReplayError(
             explain(
@@ -235,10 +241,11 @@ def _layer_norm(node: Any) -> Operation | None:
 def _affine(node: Any) -> tuple[Any, Any] | None:
     """Weight and bias of a normalisation; ``None`` if the bias is unknown, which is not saved."""
     weight = _saved(node, "weight")
-    if weight is None:
+    edge = node.next_functions[2] if len(node.next_functions) > 2 else (None, 0)
+    if weight is None and edge[0] is None:
         return None, None
-    bias = _parameter(node.next_functions[2]) if len(node.next_functions) > 2 else None
-    return None if bias is None else (weight, bias)
+    bias = _parameter(edge)
+    return None if weight is None or bias is None else (weight, bias)
 
 
 def _batch_norm(node: Any) -> Operation | None:
@@ -276,8 +283,9 @@ def _resized(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Opera
 def _cast(node: Any) -> Operation | None:
     if hasattr(node.next_functions[0][0], "variable"):
         return None  # a parameter's copy: its own version does not tell whether the parameter has changed
-    dtype = node._input_metadata[0].dtype
-    return Operation(lambda x: x.to(dtype), node.next_functions[:1])
+    output = node._input_metadata[0]
+    dtype, device = output.dtype, output.device
+    return Operation(lambda x: x.to(device, dtype), node.next_functions[:1])
 
 
 def _slice(node: Any) -> Operation | None:

@@ -18,6 +18,7 @@ __all__ = [
     "Held",
     "Ledger",
     "compact",
+    "fingerprint",
     "is_leaf",
     "is_opaque",
     "reserve",
@@ -133,6 +134,27 @@ def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
         return narrow.expand(tensor.size())
     result = torch.empty_strided(tensor.size(), stride, dtype=tensor.dtype, device=tensor.device)
     return result.copy_(tensor).data  # of version 0, as something new
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A number that any change of one element changes: the sum of the bit patterns; one pass over a dense tensor's memory.
+
+    Example:
+        >>> x = torch.zeros(10)
+        >>> before = fingerprint(x)
+        >>> x[3] = 1e-30
+        >>> bool(fingerprint(x) == before)
+        False
+    """
+    flat = torch.as_strided(tensor.detach(), (tensor.numel(),), (1,), tensor.storage_offset())
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).view(-1)
+    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
+        return flat.view(torch.int64).sum()
+    return flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Ledger:

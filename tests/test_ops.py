@@ -241,13 +241,70 @@ def test_changes_under_no_grad_are_seen() -> None:
 
 
 def test_data_edits_are_caught() -> None:
+    """One that is there the first time makes the tensor be kept; one that comes later raises, a single element too."""
     net = nn.Linear(32, 4)
     x = torch.randn(64, 32, requires_grad=True)
-    with revhooks.reversible():
+
+    def step(edit: Callable[[Tensor], object]) -> Tensor:
         h = F.gelu(x * 1.5)
+        edit(h)
+        return torch.autograd.grad(net(h).sum(), net.weight)[0]
+
+    def once(h: Tensor) -> None:
+        h.data[7, 7] = 100.0
+
+    def always(h: Tensor) -> None:
         h.data.mul_(2)
+
+    with revhooks.reversible():
+        plain = step(lambda h: None)
         with pytest.raises(ReplayError, match="Gelu"):
-            net(h).sum().backward()
+            step(once)
+        assert torch.equal(step(lambda h: None), plain)
+
+    def other_site() -> Tensor:
+        h = F.gelu(x * 1.5)
+        always(h)
+        return torch.autograd.grad(net(h).sum(), net.weight)[0]
+
+    expected = other_site()
+    with revhooks.reversible():
+        assert torch.equal(other_site(), expected)
+        assert torch.equal(other_site(), expected)
+
+
+def test_what_the_attacks_have_found() -> None:
+    x = torch.randn(16, 64, 4, 4)
+    compare(nn.Sequential(nn.Conv2d(64, 64, 1), nn.GroupNorm(32, 64), nn.SiLU(), nn.Conv2d(64, 8, 1)), x, less=0.2)
+    for fn in (
+        lambda t: torch.cat([t[:, -8:].sigmoid(), t[:, :-8].exp()], 1),
+        lambda t: F.pad(F.gelu(t), (1, 2), value=3.0)[:, :32],
+        lambda t: F.pad(F.gelu(t), (-1, 1)),
+        lambda t: torch.linalg.qr(t)[1].sigmoid() * t[:32],
+        lambda t: F.batch_norm(t, None, None, None, torch.ones(32), training=True).relu(),
+        lambda t: (torch.complex(t, t) * 2j).abs(),
+        lambda t: F.layer_norm(t * 300, (32,), eps=2e-5),
+        lambda t: F.layer_norm(torch.where(t > 3, torch.nan, t), (32,)).nan_to_num(),
+        lambda t: F.layer_norm(t, (32,), eps=1e-5) + F.layer_norm(t, (32,), eps=3e-5),
+    ):
+        compare(Apply(fn), torch.randn(64, 32))
+    data = (torch.rand(256, 64) > 0.5).float()
+    net = nn.Linear(64, 4)
+    for rows in data.split(32):
+        with revhooks.reversible():
+            net(rows).sum().backward()
+
+
+def test_a_recipe_does_not_hold_what_is_much_larger() -> None:
+    x = torch.randn(64, 4096, requires_grad=True)
+    net = nn.Linear(4096, 4)
+    with revhooks.reversible() as run:
+        whole = x * 2
+        kept = (whole[:2] * 3).sigmoid()
+        used = net(kept)
+        del whole
+        assert run.stats.held_bytes <= 4 * kept.nbytes
+        used.sum().backward()
 
 
 def test_a_changed_parameter_raises() -> None:

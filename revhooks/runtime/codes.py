@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Geometry, Held, restride
-
-if TYPE_CHECKING:
-    from .run import Run
+from ..storage import Geometry, Held, Ledger, restride
 
 __all__ = ["Code", "code_of", "is_unshared"]
 
@@ -28,56 +24,61 @@ _PROBES = 64
 class Code:
     """A tensor in a smaller form; stands where a recipe stands."""
 
-    __slots__ = ("_decode", "_held", "depth", "what")
+    __slots__ = ("_decode", "_encoded", "_held", "depth", "what")
 
-    def __init__(self, run: Run, encoded: Tensor, decode: Callable[[Tensor], Tensor], what: str) -> None:
-        self._held = Held(run.ledger, encoded)
+    def __init__(self, encoded: Tensor, decode: Callable[[Tensor], Tensor], what: str) -> None:
+        self._encoded = encoded
+        self._held: Held | None = None
         self._decode = decode
         self.depth = 0
         self.what = what
 
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides."""
-        return restride(self._decode(self._held.tensor).view(geometry.size), geometry.stride)
+        return restride(self._decode(self._encoded).view(geometry.size), geometry.stride)
+
+    def hold(self, ledger: Ledger) -> None:
+        """Count it from now on."""
+        self._held = Held(ledger, self._encoded)
 
     def holds(self) -> Iterator[Tensor]:
         """What it holds."""
-        yield self._held.tensor
+        yield self._encoded
 
 
-def code_of(run: Run, tensor: Tensor, what: str) -> Code | None:
+def code_of(tensor: Tensor, what: str) -> Code | None:
     """A smaller form of a tensor that no operation with a gradient has made; ``None`` if it has none."""
     if tensor.numel() < LEAST or tensor.is_meta or not tensor.is_contiguous():
         return None
     flat = tensor.detach().view(-1)
     if flat.dtype is torch.bool:
         size = flat.numel()
-        return Code(run, _pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
+        return Code(_pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
     if flat.dtype is torch.int64:
-        return _narrowed(run, flat, what)
-    return _mask(run, flat, what) if flat.dtype.is_floating_point else None
+        return _narrowed(flat, what)
+    return _mask(flat, what) if flat.dtype.is_floating_point else None
 
 
-def _narrowed(run: Run, flat: Tensor, what: str) -> Code | None:
+def _narrowed(flat: Tensor, what: str) -> Code | None:
     low, high = (int(extreme) for extreme in torch.aminmax(flat))
     for dtype in (torch.uint8, torch.int16, torch.int32):
         bounds = torch.iinfo(dtype)
         if bounds.min <= low and high <= bounds.max:
-            return Code(run, flat.to(dtype), lambda narrow: narrow.to(torch.int64), f"{what}, as {dtype}".replace("torch.", ""))
+            return Code(flat.to(dtype), lambda narrow: narrow.to(torch.int64), f"{what}, as {dtype}".replace("torch.", ""))
     return None
 
 
-def _mask(run: Run, flat: Tensor, what: str) -> Code | None:
+def _mask(flat: Tensor, what: str) -> Code | None:
     """Of a tensor with two values, of which one is 0."""
     few = flat[:: max(1, flat.numel() // _PROBES)]
     value = few.max()
-    if not bool(((few == 0) | (few == value)).all()) or not bool(value > 0):
+    if not bool(((few == 0) | (few == value)).all()) or not bool(value > 0) or not bool(value.isfinite()):
         return None
     nonzero = flat == value
     if not bool((nonzero | (flat == 0)).all()):
         return None
     size, dtype = flat.numel(), flat.dtype
-    return Code(run, _pack(nonzero), lambda bits: _unpack(bits, size).to(dtype).mul_(value), f"{what}, at one bit an element")
+    return Code(_pack(nonzero), lambda bits: _unpack(bits, size).to(dtype).mul_(value), f"{what}, at one bit an element")
 
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)

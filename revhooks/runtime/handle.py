@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..ops import Source
 from ..storage import Geometry
 from .value import Value, modified
 
@@ -13,18 +14,10 @@ if TYPE_CHECKING:
     from .frame import Frame
     from .slots import Slots
 
-__all__ = ["Handle", "LeafHandle", "SlotHandle", "ViewHandle"]
+__all__ = ["LeafHandle", "SlotHandle", "ViewHandle"]
 
 
-class Handle(Protocol):
-    """Gives the saved tensor back; its death frees what only it needed (Rule 5)."""
-
-    def get(self) -> Tensor:
-        """The saved tensor."""
-        ...
-
-
-class LeafHandle:
+class LeafHandle(Source):
     """A parameter, another leaf, a buffer, or a tensor that is left alone: passed through, version-checked."""
 
     __slots__ = ("_tensor", "_version")
@@ -45,7 +38,7 @@ class LeafHandle:
         return tensor
 
 
-class SlotHandle:
+class SlotHandle(Source):
     """Slot ``index`` of a stretch of a frame."""
 
     __slots__ = ("_frame", "_index", "_slots")
@@ -68,7 +61,7 @@ class SlotHandle:
         return slots.read(self._index)
 
 
-class ViewHandle:
+class ViewHandle(Source):
     """A view of a Value's memory."""
 
     __slots__ = ("_geometry", "value")

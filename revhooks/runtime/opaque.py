@@ -218,6 +218,8 @@ class OpaqueFrame(ModuleFrame):
             return proceed(*a, **k) if match is None else map_tensors(_copy, self.calls[match].output)
 
         generators = self.run.rng.capture(self.device)
+        if self.state.rng is not None:
+            self.state.rng.restore()
         try:
             with shadowed(self._children, branch):
                 result = self._call_inverse(*map_tensors(_copy, (output, args[inputs:], kwargs)))

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
+from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
@@ -25,7 +26,7 @@ from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
 from .frame import ORDINARY, REMEDIES, Frame
 from .guard import Guard
-from .handle import Handle, LeafHandle, ViewHandle
+from .handle import LeafHandle, ViewHandle
 from .local import LOCAL
 from .opaque import OpaqueFrame
 from .plan import Predicate
@@ -161,7 +162,7 @@ class Run:
         """Call blocks by their module paths."""
         self._name_of = name_of
 
-    def pack(self, tensor: Tensor) -> Handle:
+    def pack(self, tensor: Tensor) -> Source:
         """The pack hook."""
         sink = LOCAL.sink
         if sink is not None:
@@ -171,7 +172,7 @@ class Run:
         unshared = self._ops and tensor.grad_fn is None and is_unshared(tensor)
         return self._pack_value(tensor, unshared=unshared)
 
-    def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Handle:
+    def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Source:
         """A tensor saved outside any frame."""
         reference = self.values.get(tensor.untyped_storage()._cdata)
         value = reference() if reference is not None else None
@@ -180,7 +181,7 @@ class Run:
             value = self._new_value(tensor, base, unshared=unshared)
             if base is tensor:
                 return value
-        elif self._ops and not value.pinned:
+        elif self._ops and not value.pinned and Geometry.of(tensor) == value.geometry:
             note_output(tensor, value)
         value.pin(tensor)
         value.count_packed(tensor)
@@ -190,22 +191,27 @@ class Run:
     def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
         place = self.place() if self.place is not None else "ordinary layers"
-        plain = not self._ops or tensor.nbytes < SMALL or self.budget.limit == math.inf or not _covers(base, tensor)
+        plain = (
+            not self._ops or tensor.nbytes < SMALL or tensor.is_meta or self.budget.limit == math.inf or not _covers(base, tensor)
+        )
         value = Value(self, tensor if plain else base, ORDINARY, place)
         value.maker = type(tensor.grad_fn)
         value.pinned = True
         value.count_packed(tensor)
         if plain:
             return value
-        recipe = (code_of(self, tensor, place) if base is tensor else None) if unshared else recipe_of(self, base, place)
-        if recipe is not None:
+        if unshared:
+            code = code_of(tensor, place) if base is tensor else None
+            if code is not None:
+                value.encode(code)
+        elif (recipe := recipe_of(self, base, place)) is not None:
             value.recipe = recipe
             self.budget.add_value(value)
         note_output(base, value)
         return value
 
     @staticmethod
-    def unpack(handle: Handle) -> Tensor:
+    def unpack(handle: Source) -> Tensor:
         """The unpack hook."""
         return handle.get()
 
@@ -329,7 +335,8 @@ class Run:
 def _covers(base: Tensor, tensor: Tensor) -> bool:
     """Whether ``base`` is all that lies in the tensor's memory."""
     return (
-        base.nbytes == base.untyped_storage().nbytes()
+        not base.is_meta
+        and base.nbytes == base.untyped_storage().nbytes()
         and base.dtype is tensor.dtype
         and (base is tensor or not is_opaque(base))
         and (base.is_contiguous() or Geometry.of(base).dense)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
+from ..ops import Source
 from ..storage import Geometry, Held, reserve, restride, storage_key, version_probe
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def modified(what: str, shape: Sequence[int], version: int, now: int) -> Modifie
     )
 
 
-class Value:
+class Value(Source):
     """A block's output, or a tensor saved outside any block; of the latter also the handle.
 
     It is *held* as one tensor or as the streams it was split into, or *released*; then ``consumer`` is the
@@ -118,6 +119,11 @@ class Value:
         if self.maker is None:
             return ""
         return "none with a gradient" if self.maker is type(None) else self.maker.__name__.removesuffix("Backward0")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory that it stands for."""
+        return self._packed
 
     @property
     def geometry(self) -> Geometry:
@@ -237,6 +243,13 @@ class Value:
             self._tensor_version = self.version
             self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
+
+    def encode(self, recipe: Code) -> None:
+        """Hold a smaller form in place of the tensor."""
+        self._detach_from_storage()
+        self._drop_tensor()
+        recipe.hold(self.run.ledger)
+        self.recipe = recipe
 
     def release(self) -> None:
         """Let go of the memory, if a frame or a recipe can give it back."""

@@ -14,7 +14,7 @@ rounding does not hide the iteration. Bounds are those of the layers as they com
 The paper calls its figure a normed L2 error, without a formula. Relative to the image is the reading that fits: its vanilla net,
 which does not invert, has 1.4, the distance of two unrelated images of one norm. In float32 what limits it is not the iteration
 but y = x + g(x): bits are lost where y lies in a higher binade than x. So it shrinks with g (with c, and without biases in the
-branches, as here), grows with the root of the depth, and is large where pixels sit on a power of two, as a background of -0.5 does.
+branches, as here), grows with the root of the depth, and is large where pixels sit on a power of two, as a background of -0.5.
 
 References:
     Behrmann et al., 2018, arXiv:1811.00995, table 1, figures 2 and 4, appendix A.

@@ -157,7 +157,7 @@ class _Check:
         else:
             with reversible(guard=guard) as run:
                 outputs = _tensors(module(*args, **kwargs))
-                run.release_newest()
+                run.budget.evict_all()
         weights = torch.Generator().manual_seed(0)
         loss = sum(
             (o.double() * torch.randn(o.shape, generator=weights, dtype=torch.float64).to(o.device)).sum() for o in outputs
@@ -196,7 +196,7 @@ class _Check:
         module = self._copy()
         self.reset()
         outputs = _tensors(module(*self.args, **self.kwargs))
-        run.release_newest()
+        run.budget.evict_all()
         sum(o.double().sum() for o in outputs).backward()  # type: ignore[union-attr]
 
     def _call(self, module: nn.Module) -> Any:

@@ -14,7 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
 from .errors import RegistrationError, explain
 from .registry import ACTIVE
+from .runtime.budget import parse_bytes
 from .runtime.local import LOCAL
+from .runtime.named import bracket
 from .runtime.plan import predicate
 from .runtime.replay import Region
 from .runtime.run import Run
@@ -33,6 +35,9 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     whole training loop; or decorate a function or a forward method with it. Backward may run after it was left.
 
     Args:
+        budget: bytes that may be held: a number, or ``"2GiB"``; ``"auto"``: nine tenths of what is free. What could be let
+            go of is kept while it fits, and the oldest goes first. ``None`` or 0: least memory; ``inf``: plain speed.
+        replay: blocks to run again in backward, from their inputs: a class, a tuple of classes, or a predicate of a module.
         keep: blocks to leave as they are: a class, a tuple of classes, or a predicate of a module.
         ops: drop what cheap operations (activations, normalisations, products, casts) make from what is held anyway, and
             recompute it, bit-equal.
@@ -43,7 +48,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         On entering a context, the run; ``run.stats`` is a `revhooks.record.Stats`.
 
     Raises:
-        RegistrationError: ``guard`` or ``keep`` is none of the above.
+        RegistrationError: an argument is none of the above.
 
     Example:
         >>> import torch
@@ -56,19 +61,33 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         True
     """
 
-    def __init__(self, *, keep: Any = (), ops: bool = True, guard: str = "fallback") -> None:
+    def __init__(
+        self,
+        *,
+        budget: float | str | None = None,
+        replay: Any = (),
+        keep: Any = (),
+        ops: bool = True,
+        guard: str = "fallback",
+    ) -> None:
         if guard not in _GUARDS:
             raise RegistrationError(
                 explain("guard=", expected=f"one of {', '.join(map(repr, _GUARDS))}", got=repr(guard), remedy="pick one of these")
             )
         self._guard = guard
         self._keep = predicate(keep, "keep") if keep else None
+        self._replay = predicate(replay, "replay") if replay else None
         self._ops = ops
+        self._budget = budget
+        parse_bytes(budget)
+        if replay:
+            bracket(replay)
         self._entered: list[tuple[saved_tensors_hooks, Any, Any]] = []
 
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
-        run = Run(guard=self._guard, keep=self._keep, ops=self._ops)
+        limit = parse_bytes(self._budget)
+        run = Run(guard=self._guard, keep=self._keep, replay=self._replay, ops=self._ops, budget=limit)
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
         self._entered.append((hooks, ACTIVE.run, LOCAL.sink))
@@ -98,7 +117,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"keep": self._keep or (), "ops": self._ops, "guard": self._guard}
+        replay = self._replay or ()
+        return {"budget": self._budget, "replay": replay, "keep": self._keep or (), "ops": self._ops, "guard": self._guard}
 
 
 def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] | None = None, **kwargs: Any) -> Any:

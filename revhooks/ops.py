@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ModifiedError, ReplayError, explain
 
@@ -162,7 +163,7 @@ def _parameter(edge: Edge) -> Source | None:
 
 
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)
-_eps_of: dict[object, float] = {}  # the latest for a weight; what a layer's first rows have shown
+_eps_of = WeakTensorKeyDictionary()  # of a weight: what its layer's rows have shown
 
 
 def _layer_norm(node: Any) -> Operation | None:
@@ -176,19 +177,17 @@ def _layer_norm(node: Any) -> Operation | None:
     def matches(eps: float, x: Tensor, rstd: Tensor) -> bool:
         return torch.equal(torch.native_layer_norm(x, shape, None, None, eps)[2].reshape(-1), rstd.reshape(-1))
 
-    key = (shape, _storage_key(weight))
-    eps = _eps_of.get(key)
-    if eps is None:
+    parameter = getattr(node.next_functions[1][0], "variable", None)
+    first = None if parameter is None else _eps_of.get(parameter)
+    if first is None or getattr(source, "held", False):
         x = source.get()
-        rows = x.reshape(-1, *shape)[:64]
+        rows = x.reshape(-1, *shape)[:32]
         deviations = rstd.get().reshape(-1)[: len(rows)]
-        eps = next((eps for eps in _EPSILONS if matches(eps, rows, deviations)), None)
-        if eps is None:
+        first = next((eps for eps in (first, *_EPSILONS) if eps is not None and matches(eps, rows, deviations)), None)
+        if first is None:
             return None
-        if len(_eps_of) > 4096:
-            _eps_of.clear()
-        _eps_of[key] = eps
-    first = eps
+        if parameter is not None:
+            _eps_of[parameter] = first
 
     def compute(x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         for eps in (first, *_EPSILONS):
@@ -205,10 +204,6 @@ def _layer_norm(node: Any) -> Operation | None:
         )
 
     return Operation(compute, (source, rstd, weight, bias))
-
-
-def _storage_key(source: Any) -> int:
-    return 0 if source is None else int(source.get().untyped_storage()._cdata)
 
 
 def _affine(node: Any) -> tuple[Any, Any] | None:

@@ -63,14 +63,18 @@ class Kept:
     """Bytes that are held for backward, and the reason.
 
     Attributes:
-        why: what the memory is needed for, and so what would remove it.
+        why: what the memory is needed for.
         what: the block or the place that it belongs to.
         bytes: unique storage bytes.
+        op: the operation that made it, where an ordinary layer saved it.
+        remedy: what would remove it.
     """
 
     why: str
     what: str
     bytes: int
+    op: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Registration:
         method: the method that training calls.
         cost: evaluations of the block that an inversion needs beyond the replay.
         log_det: the name of the method that gives the log-abs-det of the Jacobian, if any.
+        keeps_zeros: the inputs, by position, that need not be held for their exact zeros; ``True``: all of them.
     """
 
     cls: type | None
@@ -40,6 +41,11 @@ class Registration:
     method: str = "forward"
     cost: float = 0
     log_det: str | None = None
+    keeps_zeros: bool | tuple[int, ...] = False
+
+    def keeps_zeros_in(self, position: int) -> bool:
+        """Whether the input at ``position`` need not be held for its exact zeros."""
+        return self.keeps_zeros if isinstance(self.keeps_zeros, bool) else position in self.keeps_zeros
 
     def resolve(self, module: nn.Module) -> Callable[..., Any]:
         """The inverse for ``module``, as ``f(output_or_outputs..., *held, **kwargs)``.
@@ -96,7 +102,15 @@ def _bracket(original: Callable[..., Any], entry: Registration) -> Callable[...,
     return method
 
 
-def register(cls: type, *, inverse: Inverse, method: str = "forward", cost: float = 0, log_det: str | None = None) -> None:
+def register(
+    cls: type,
+    *,
+    inverse: Inverse,
+    method: str = "forward",
+    cost: float = 0,
+    log_det: str | None = None,
+    keeps_zeros: bool | tuple[int, ...] = False,
+) -> None:
     """Tell ``reversible()`` that calls of ``cls.method`` can be inverted.
 
     Args:
@@ -108,6 +122,8 @@ def register(cls: type, *, inverse: Inverse, method: str = "forward", cost: floa
         cost: evaluations of the block that an inversion needs beyond the replay: 0 for a coupling, about 10
             for a fixed point, D for an autoregressive map.
         log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``.
+        keeps_zeros: an inversion turns an exact zero into 1e-17, so an input that has some is held. ``True`` where the
+            inverse is exact to the bit, or the positions of inputs that the block only adds: these are not held.
 
     Raises:
         RegistrationError: ``cls`` is no module class, is registered already, or lacks the method or the inverse.
@@ -137,7 +153,7 @@ def register(cls: type, *, inverse: Inverse, method: str = "forward", cost: floa
         raise _refuse(subject, f"a method {log_det!r}", "none", "name the method that gives the log-abs-det")
     if not cost >= 0:
         raise _refuse(subject, "cost >= 0", f"{cost!r}", "count the extra evaluations that an inversion needs")
-    entry = Registration(cls, inverse, method, cost, log_det)
+    entry = Registration(cls, inverse, method, cost, log_det, keeps_zeros)
     _REGISTRY[cls] = entry
     setattr(cls, method, _bracket(original, entry))
 

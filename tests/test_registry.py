@@ -185,6 +185,83 @@ def test_two_inputs_and_two_outputs(registered: Any) -> None:
     assert rev.calls == [2] * 8 + [1] * 2
 
 
+def test_an_input_with_exact_zeros_among_several(registered: Any) -> None:
+    """It is held as it is, and what is rebuilt starts from it, though the other input is rebuilt."""
+    mask = torch.rand(16, 4) > 0.5
+    speed = (torch.randn(16, 4, dtype=torch.float64) * 1024).round() / 1024  # so that the sum below is exact
+
+    class Stop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(mask, -2 * x - speed, 0.37)
+
+    class Rectified(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.3 * torch.relu(x)
+
+    class Momentum(nn.Module):
+        def __init__(self, f: nn.Module) -> None:
+            super().__init__()
+            self.f = Count(f)
+
+        def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v = 0.5 * v + 0.5 * self.f(x)
+            return x + v, v
+
+        def inverse(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            x = x - v
+            return x, 2 * (v - 0.5 * self.f(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Momentum(f) for f in (Stop(), Rectified(), mlp(4), Rectified(), mlp(4)))
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = speed * self.scale
+            for i, block in enumerate(self.blocks):
+                x, v = block(x, v)
+                assert bool((x == 0).any()) == (i == 0)
+            return x
+
+    registered(Momentum, inverse="inverse")
+    x = (torch.randn(16, 4, dtype=torch.float64) * 1024).round() / 1024
+    rev = compare(Net().double(), x.requires_grad_(), guard="raise")
+    assert rev.stats is not None
+    assert rev.stats.second_evaluations == 1
+
+
+@pytest.mark.parametrize("keeps_zeros", [False, True, (1,)])
+def test_inputs_that_keep_their_zeros_are_not_held(registered: Any, keeps_zeros: bool | tuple[int, ...]) -> None:
+    class Momentum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = Count(nn.Sequential(nn.Linear(8, 8), nn.Threshold(0.5, 0)))
+
+        def forward(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v = 0.5 * v + self.f(x)
+            return x + v, v
+
+        def inverse(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            x = x - v
+            return x, 2 * (v - self.f(x))
+
+    class Net(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Momentum() for _ in range(depth))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = torch.zeros_like(x)
+            for block in self.blocks:
+                x, v = block(x, v)
+            return x
+
+    registered(Momentum, inverse="inverse", keeps_zeros=keeps_zeros)
+    held = [compare(Net(depth).double(), X.clone().requires_grad_()).held_after_forward for depth in (3, 8)]
+    assert (held[0] == held[1]) is bool(keeps_zeros)
+
+
 def test_flow_with_log_det(registered: Any) -> None:
     class Flow(nn.Module):
         def __init__(self) -> None:

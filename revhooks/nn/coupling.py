@@ -281,14 +281,48 @@ class Coupling(nn.Module):
         return f"dim={self.dim}" + (f", sizes={self.sizes}" if self.sizes else "") + grid
 
 
-class AdditiveCoupling(Coupling):
-    """``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``: the RevNet block.
+class _PairCoupling(Coupling):
+    """One or two steps: ``f`` into the first stream, then ``g``, if there is one, into the second."""
+
+    def __init__(
+        self,
+        f: nn.Module,
+        g: nn.Module | None,
+        *,
+        dim: int,
+        sizes: tuple[int, int] | None,
+        swap: bool,
+        grid_bits: int | None = None,
+    ) -> None:
+        super().__init__(dim=dim, sizes=sizes, grid_bits=grid_bits)
+        self.f = f
+        self.g = g
+        self.swap = swap
+
+    def law(self) -> Law:
+        """How a stream changes."""
+        raise NotImplementedError
+
+    def steps(self) -> Sequence[Step]:
+        """First ``f`` into the first stream (``swap``: the second), then ``g`` into the other."""
+        law, first = self.law(), int(self.swap)
+        step = Step(self.f, 1 - first, first, law)
+        return (step,) if self.g is None else (step, Step(self.g, first, 1 - first, law))
+
+    def extra_repr(self) -> str:
+        """How the input is split, the grid, and which stream comes first."""
+        return super().extra_repr() + (", swap=True" if self.swap else "")
+
+
+class AdditiveCoupling(_PairCoupling):
+    """``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``: the RevNet block; without ``g`` the NICE layer, ``y2 = x2``.
 
     Args:
         f: maps the second stream (and the extra arguments) to the shape of the first.
-        g: maps the first stream to the shape of the second.
+        g: maps the first stream to the shape of the second; ``None``: the second stream stays as it is.
         dim: the dimension along which the input is split.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
+        swap: ``f`` changes the second stream and ``g`` the first, so that layers of one branch can alternate.
         grid_bits: streams and what is added to them are rounded to multiples of ``2**-grid_bits``, so that the inverse is
             exact to the last bit and gradients under ``reversible()`` are those of plain autograd, however deep the net. In
             float32 streams must stay below ``2**(24 - grid_bits)``; branches may compute in a narrower dtype.
@@ -301,7 +335,7 @@ class AdditiveCoupling(Coupling):
         GridError: a stream has left the range of its grid (on the call).
 
     References:
-        Gomez et al., 2017, arXiv:1707.04585, eq. 6-7.
+        Dinh et al., 2014, arXiv:1410.8516, section 3.2. Gomez et al., 2017, arXiv:1707.04585, eq. 6-7.
 
     Example:
         >>> block = AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1)
@@ -313,35 +347,30 @@ class AdditiveCoupling(Coupling):
     def __init__(
         self,
         f: nn.Module,
-        g: nn.Module,
+        g: nn.Module | None = None,
         *,
         dim: int = 1,
         sizes: tuple[int, int] | None = None,
+        swap: bool = False,
         grid_bits: int | None = None,
     ) -> None:
-        super().__init__(dim=dim, sizes=sizes, grid_bits=grid_bits)
-        self.f = f
-        self.g = g
+        super().__init__(f, g, dim=dim, sizes=sizes, swap=swap, grid_bits=grid_bits)
         self.law()  # grid_bits out of bounds are refused here, not at the first call
 
     def law(self) -> Law:
         """How a stream changes."""
         return ADDITIVE if self.grid_bits is None else grid_law(self.grid_bits)
 
-    def steps(self) -> Sequence[Step]:
-        """First ``f`` into the first stream, then ``g`` into the second."""
-        law = self.law()
-        return Step(self.f, 1, 0, law), Step(self.g, 0, 1, law)
 
-
-class AffineCoupling(Coupling):
+class AffineCoupling(_PairCoupling):
     """``y1 = x1 * factor(r1) + t1`` with ``r1, t1 = f(x2)``, and the same for ``y2`` from ``g(y1)``.
 
     Args:
         f: maps the second stream to twice the first along ``dim``: raw log-scales, then shifts.
-        g: maps the first stream to twice the second.
+        g: maps the first stream to twice the second; ``None``: the second stream stays as it is (Real NVP, Glow).
         dim: the dimension along which the input is split.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
+        swap: ``f`` changes the second stream and ``g`` the first, so that layers of one branch can alternate.
         scale: ``"exp"``, ``"sigmoid"`` or ``"tanh"``: how raw log-scales become factors
             (`revhooks.functional.affine_law`).
 
@@ -364,26 +393,20 @@ class AffineCoupling(Coupling):
     def __init__(
         self,
         f: nn.Module,
-        g: nn.Module,
+        g: nn.Module | None = None,
         *,
         dim: int = 1,
         sizes: tuple[int, int] | None = None,
+        swap: bool = False,
         scale: str = "tanh",
     ) -> None:
-        super().__init__(dim=dim, sizes=sizes)
+        super().__init__(f, g, dim=dim, sizes=sizes, swap=swap)
         affine_law(scale, dim)  # an unknown scale is refused here, not at the first call
-        self.f = f
-        self.g = g
         self.scale = scale
 
     def law(self) -> Law:
         """How a stream changes."""
         return affine_law(self.scale, self.dim)
-
-    def steps(self) -> Sequence[Step]:
-        """First ``f`` into the first stream, then ``g`` into the second."""
-        law = self.law()
-        return Step(self.f, 1, 0, law), Step(self.g, 0, 1, law)
 
     def extra_repr(self) -> str:
         """How the input is split, and the scale."""

@@ -13,6 +13,9 @@ from .coupling import Coupling, Step
 __all__ = ["ReversibleSequential"]
 
 
+_Coupling = str | Law | Sequence[str | Law]
+
+
 class ReversibleSequential(Coupling):
     """A chain of half-steps: ``a += fns[0](b)``, ``b += fns[1](a)``, ``a += fns[2](b)``, and so on.
 
@@ -24,7 +27,7 @@ class ReversibleSequential(Coupling):
         dim: the dimension along which the input is split.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
         coupling: ``"additive"``, ``"affine"`` (each branch returns log-scales and shifts), or a
-            `revhooks.functional.Law`.
+            `revhooks.functional.Law`, any pair of functions with ``inverse(forward(x, u), u) == x``; or one for each branch.
         grid_bits: exact streams, as in `AdditiveCoupling`.
 
     Shape:
@@ -51,38 +54,42 @@ class ReversibleSequential(Coupling):
         *fns: nn.Module,
         dim: int = 1,
         sizes: tuple[int, int] | None = None,
-        coupling: str | Law = "additive",
+        coupling: _Coupling = "additive",
         grid_bits: int | None = None,
     ) -> None:
-        if isinstance(coupling, Law) and grid_bits is None:
-            grid_bits = coupling.grid_bits
-        super().__init__(dim=dim, sizes=sizes, grid_bits=grid_bits)
-        if isinstance(coupling, str) and coupling not in ("additive", "affine"):
-            raise ShapeError(
-                explain(
-                    "coupling",
-                    expected="'additive', 'affine' or a revhooks.functional.Law",
-                    got=repr(coupling),
-                    remedy="pick one of these",
-                )
-            )
-        if (
-            grid_bits is not None
-            and coupling != "additive"
-            and not (isinstance(coupling, Law) and coupling.grid_bits == grid_bits)
-        ):
+        laws = self._laws(coupling, max(len(fns), 1), dim, grid_bits)
+        bits = {law.grid_bits for law in laws}
+        if (grid_bits is not None and bits != {grid_bits}) or len(bits) > 1:
             raise ShapeError(
                 explain(
                     "grid_bits",
-                    expected="an additive coupling, whose sums are exact on a grid",
+                    expected="additive couplings of one grid, on which sums are exact",
                     got=repr(coupling),
                     remedy="leave coupling out, or pass revhooks.functional.grid_law(bits)",
                 )
             )
-        self.coupling = grid_law(grid_bits) if grid_bits is not None else coupling
+        super().__init__(dim=dim, sizes=sizes, grid_bits=next(iter(bits), grid_bits))
+        self.coupling = coupling
         self._count = 0
         for fn in fns:
             self.append(fn)
+
+    @staticmethod
+    def _laws(coupling: _Coupling, count: int, dim: int, grid_bits: int | None) -> list[Law]:
+        """One law a branch."""
+        each = [coupling] * count if isinstance(coupling, (str, Law)) else list(coupling)
+        if len(each) != count or not all(isinstance(one, Law) or one in ("additive", "affine") for one in each):
+            raise ShapeError(
+                explain(
+                    "coupling",
+                    expected="'additive', 'affine' or a revhooks.functional.Law, or a sequence of as many of them as branches",
+                    got=repr(coupling),
+                    remedy="pick one of these",
+                )
+            )
+        additive = ADDITIVE if grid_bits is None else grid_law(grid_bits)
+        named = {"additive": additive, "affine": affine_law("tanh", dim)}
+        return [one if isinstance(one, Law) else named[one] for one in each]
 
     def append(self, fn: nn.Module) -> ReversibleSequential:
         """Add a branch at the end; returns the chain.
@@ -119,8 +126,7 @@ class ReversibleSequential(Coupling):
         return branch  # type: ignore[return-value]
 
     def steps(self) -> Sequence[Step]:
-        """One step a branch, into the first and the second stream by turns."""
-        law = self.coupling
-        if isinstance(law, str):
-            law = ADDITIVE if law == "additive" else affine_law("tanh", self.dim)
-        return [Step(fn, 1 - i % 2, i % 2, law) for i, fn in enumerate(self)]
+        """One step a branch, into the first and the second stream by turns; what was appended has the last one's law."""
+        given = 1 if isinstance(self.coupling, (str, Law)) else len(self.coupling)
+        laws = self._laws(self.coupling, given, self.dim, self.grid_bits) or [ADDITIVE]
+        return [Step(fn, 1 - i % 2, i % 2, laws[min(i, len(laws) - 1)]) for i, fn in enumerate(self)]

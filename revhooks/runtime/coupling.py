@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
 from .plan import facts_of
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CouplingFrame"]
 
 _EXACT = "the stream before a step: its inverse drifts, or it has exact zeros"
+REMEDIES[_EXACT] = "a wider dtype for the streams, or exact ones: grid_bits="
 
 
 class _Branch:
@@ -102,6 +104,22 @@ class _Cursor:
         self.transient = transient
 
 
+class _ChainState:
+    """The streams after a step of a long chain, from which the steps before it can be rebuilt."""
+
+    __slots__ = ("__weakref__", "_frame", "cursor")
+
+    def __init__(self, frame: CouplingFrame, cursor: _Cursor) -> None:
+        self._frame = weakref.ref(frame)
+        self.cursor = cursor
+
+    def release(self) -> None:
+        """Let go of the steps before it."""
+        frame = self._frame()
+        if frame is not None and not frame.released:
+            frame.release_before(self.cursor)
+
+
 class CouplingFrame(ModuleFrame):
     """A frame of a `Coupling`: a program of steps over two streams."""
 
@@ -123,6 +141,8 @@ class CouplingFrame(ModuleFrame):
         self._input_key = 0
         self._anchor: _Cursor | None = None  # of a long chain, whose older steps are released while it runs
         self._cursor: _Cursor | None = None
+        self._states: list[_ChainState] = []  # of a long chain, after each step that is not released
+        self._held_before = 0
 
     @property
     def has_head(self) -> bool:
@@ -136,17 +156,19 @@ class CouplingFrame(ModuleFrame):
         x, args, kwargs = _first_argument(args, kwargs)
         streams = self.module.split(x)
         self.begin(x.device)
+        self._held_before = self.run.ledger.held
         self._open(x, streams)
         if args or kwargs:
             self.arguments = Arguments(self.run, args, kwargs)
         steps = self.module.steps()
-        untouched = streams[-1].detach()  # of a block, what its first branch gets
+        place = steps[0].source if steps else 1
+        untouched = streams[place].detach()  # of a block, what its first branch gets
         self.is_chain = len(steps) > 2  # each step is what a block is elsewhere: kept until the next one opens
         watch = RangeWatch(self.module)
         try:
             for index, step in enumerate(steps):
                 if index and self.is_chain:
-                    self._release_before(index, streams)
+                    self._step_ends(index, streams)
                 self._forward_step(index, step, streams, args, kwargs)
                 watch.see(index, streams[step.target])
             watch.close()
@@ -154,7 +176,7 @@ class CouplingFrame(ModuleFrame):
             LOCAL.sink = None
         y = self.module.join(streams)
         streams.clear()  # here is the peak of a forward: nothing may linger
-        self._take_input(x, untouched)
+        self._take_input(x, place, untouched)
         self.end([branch.state for branch in self.branches])
         self._input_key = 0
         if y.requires_grad:
@@ -200,29 +222,40 @@ class CouplingFrame(ModuleFrame):
                 if branch.step.source not in self.changed:
                     self._originals[branch.step.source] = branch.source
             self.changed.add(branch.step.source)
-            if branch.source is not None and self._anchor is not None and self._anchor.position == branch.index:
-                self._anchor.streams[branch.step.source] = branch.source
+            for cursor in (self._anchor, *(state.cursor for state in self._states)):
+                if branch.source is not None and cursor is not None and cursor.position == branch.index:
+                    cursor.streams[branch.step.source] = branch.source
         elif not branch.state.foreseen:
             branch.keep("it changed a parameter or buffer that it had not changed before", self._hold(target.detach()))
         elif self.is_chain and not self.draws and self.surprised():
             branch.keep(DREW, self._hold(target.detach()))
 
-    def _take_input(self, x: Tensor, untouched: Tensor) -> None:
-        """Hold the input as streams, of which the last is there already; its caller will let go of the joined one."""
+    def _take_input(self, x: Tensor, place: int, untouched: Tensor) -> None:
+        """Hold the input as streams, of which one is there already; its caller will let go of the joined one."""
         for reference in self.inputs:
             value = reference()
             if value is not None and value.held:
-                first = x.detach().narrow(self.module.dim, 0, self.sizes[0])
-                value.take([compact(first), untouched], self.module.dim)
-                for place, original in self._originals.items():
-                    value.replace_piece(place, original)
+                start, other = (0, 0) if place else (self.sizes[0], 1)
+                rest = compact(x.detach().narrow(self.module.dim, start, self.sizes[other]))
+                value.take([rest, untouched] if place else [untouched, rest], self.module.dim)
+                for changed, original in self._originals.items():
+                    value.replace_piece(changed, original)
 
-    def _release_before(self, position: int, streams: list[Tensor]) -> None:
-        """Inside a long chain: let go of the steps before ``position``, where the streams were these."""
-        for branch in self.branches[:position]:
-            branch.release()
+    def _step_ends(self, position: int, streams: list[Tensor]) -> None:
+        """Inside a long chain: the steps before ``position``, where the streams are these, may be let go of."""
         self.packed.clear()
-        self._anchor = _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False)
+        state = _ChainState(self, _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False))
+        self._states.append(state)
+        self.run.budget.add_frame(state, self.run.ledger.held - self._held_before)
+        self.run.budget.make_room_for_block()
+        self._held_before = self.run.ledger.held
+
+    def release_before(self, cursor: _Cursor) -> None:
+        """Let go of the steps before a state of the streams, which serves as their anchor."""
+        for branch in self.branches[: cursor.position]:
+            branch.release()
+        self._anchor = cursor
+        self._states = [state for state in self._states if state.cursor.position > cursor.position]
         self.release_inputs()
 
     def _hold(self, stream: Tensor) -> Held:
@@ -241,6 +274,7 @@ class CouplingFrame(ModuleFrame):
             for branch in self.branches:
                 branch.release()
             self._anchor = None
+            self._states = []
             self.release_inputs()
 
     # -- backward
@@ -318,6 +352,7 @@ class CouplingFrame(ModuleFrame):
     def forget_outputs(self) -> None:
         """Every slot is there: the output is not needed (a long chain has its anchor)."""
         self.output = None
+        self._states = []
 
     def supply(self) -> None:
         """Reconstruct the input and use nothing up."""
@@ -345,7 +380,7 @@ class CouplingFrame(ModuleFrame):
     def report(self) -> Iterator[tuple[str, str, Tensor]]:
         """Slots, streams before steps that drift, anchors, arguments."""
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
-        for cursor in (self._cursor, self._anchor):
+        for cursor in (self._cursor, self._anchor, *(state.cursor for state in self._states)):
             for anchor in cursor.streams if cursor is not None else ():
                 yield ANCHOR, self.label, anchor.tensor
         if self._head is not None:

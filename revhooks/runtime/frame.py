@@ -23,13 +23,35 @@ from .value import Value, modified
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["ANCHOR", "ARGUMENT", "DREW", "HEAD", "NEWEST", "Arguments", "Frame", "Head", "ModuleFrame", "has_exact_zeros"]
+__all__ = [
+    "ANCHOR",
+    "ARGUMENT",
+    "DREW",
+    "HEAD",
+    "NEWEST",
+    "ORDINARY",
+    "REMEDIES",
+    "Arguments",
+    "Frame",
+    "Head",
+    "ModuleFrame",
+    "has_exact_zeros",
+]
 
 ANCHOR = "anchor: what was before it is rebuilt from it"
 ARGUMENT = "argument of a block: needed to repeat its call"
 DREW = "random numbers were drawn where none had been drawn before"
 HEAD = "input of a chain: held by its caller, or kept exact"
 NEWEST = "newest block: kept until the next one opens"
+ORDINARY = "saved outside any registered block"
+REMEDIES = {
+    ANCHOR: "nothing: a chain needs one; fewer ordinary layers between its blocks make fewer chains",
+    ARGUMENT: "an inverse for the block (checkpoint(inverse=), register), or a tensor that is held anyway",
+    DREW: "nothing: the next call foresees it",
+    HEAD: "an invertible block before it",
+    NEWEST: "nothing: it goes when the next block opens",
+    ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), or an invertible block in its place",
+}
 
 
 Give = Callable[[], Tensor]
@@ -222,7 +244,7 @@ class Frame(abc.ABC):
         """Stay as it is until backward, and say why."""
         self.why_kept = why
 
-    def link(self, tensor: Tensor, grid_bits: int | None = None) -> Value | None:
+    def link(self, tensor: Tensor, grid_bits: int | None = None, *, keeps_zeros: bool = False) -> Value | None:
         """The earlier frame's output that ``tensor`` is, if this frame is to give it back.
 
         A frame on a grid gives back what lies on that grid, zeros included.
@@ -231,7 +253,7 @@ class Frame(abc.ABC):
         if value is None:
             return None
         exact = value.grid_bits is not None and grid_bits is not None and value.grid_bits <= grid_bits
-        if not exact and (grid_bits is not None or has_exact_zeros(tensor)):
+        if not exact and (grid_bits is not None or (not keeps_zeros and has_exact_zeros(tensor))):
             return None
         value.consumer = self
         self.inputs.append(weakref.ref(value))

@@ -15,7 +15,7 @@ from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_opaque, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Head, ModuleFrame
+from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
@@ -56,15 +56,16 @@ class _Call:
 class _Input:
     """A tensor argument that the inverse gives back."""
 
-    __slots__ = ("geometry", "grad", "head", "probe", "sample", "value", "version")
+    __slots__ = ("geometry", "grad", "head", "probe", "sample", "value", "version", "zeros")
 
-    def __init__(self, frame: OpaqueFrame, tensor: Tensor) -> None:
+    def __init__(self, frame: OpaqueFrame, tensor: Tensor, *, keeps_zeros: bool) -> None:
         self.geometry = Geometry.of(tensor)
         self.grad = tensor.requires_grad
         self.probe = version_probe(tensor)
         self.version = version_of(tensor)
-        value = frame.link(tensor)
+        value = frame.link(tensor, keeps_zeros=keeps_zeros)
         self.head = Head(frame.run, tensor) if value is None else None
+        self.zeros = self.head is not None and not keeps_zeros and has_exact_zeros(tensor)
         self.sample = frame.run.guard.sample(tensor) if value is not None else None
         self.value = weakref.ref(value) if value is not None else None
 
@@ -163,7 +164,7 @@ class OpaqueFrame(ModuleFrame):
         self.replayed = bool(known.problem) or self.key in self.facts.kept
         given = 0 if self.replayed else known.inputs
         self.held = Arguments(self.run, args[given:], kwargs)
-        self.given = [_Input(self, tensor) for tensor in args[:given]]
+        self.given = [_Input(self, tensor, keeps_zeros=self.entry.keeps_zeros_in(i)) for i, tensor in enumerate(args[:given])]
         if self.replayed or any(one.head is not None for one in self.given):
             self._output_sample = self.run.guard.sample(tensors[0])
         if not self.replayed:
@@ -361,11 +362,12 @@ class OpaqueFrame(ModuleFrame):
         args, kwargs = self._arguments()
         memo: dict[int, Any] = {}
         ordinal = iter(self.inversion.matches)
+        refill = any(given.zeros for given in self.given)  # from the held zeros: the inverse calls its branches on 1e-17
 
         def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
             index = next(ordinal, None)
             call = self.calls[index] if index is not None and index < len(self.calls) else None
-            if index is None or call is None or not fill or not self._same_call(call, child, (a, k)):
+            if index is None or call is None or not fill or refill or not self._same_call(call, child, (a, k)):
                 self.run.second_evaluations += fill
                 state = call.state if call is not None and call.child is child else self.state
                 return state.repeat(lambda: proceed(*a, **k), grad=False)
@@ -402,7 +404,8 @@ class OpaqueFrame(ModuleFrame):
             size, stride, _ = given.geometry
             if not isinstance(got, Tensor) or got.shape != size:
                 raise self._ill_formed(f"an input of shape {tuple(size)}", str(tuple(getattr(got, "shape", ()))))
-            got = restride(got.detach(), stride)
+            exact = given.head.tensor if given.head is not None else None
+            got = restride(got.detach(), stride) if exact is None else exact
             inputs.append(Held(self.run.ledger, got))
             self._guard(given.sample, got)
         return inputs

@@ -105,14 +105,14 @@ def _plainly(step: _Step) -> Tensor:
 def note_output(tensor: Tensor, value: Value) -> None:
     """Let the node that made a saved tensor know its Value, for recipes that start from it."""
     node = tensor.grad_fn
-    if node is not None:
+    if node is not None and not tensor.output_nr:
         node.metadata[_KEY] = weakref.ref(value)  # type: ignore[index]
 
 
 def recipe_of(run: Run, base: Tensor, what: str) -> Recipe | None:
     """A recipe for a tensor that covers its storage; ``None`` if it is not made cheaply from what is held anyway."""
     node = base.grad_fn
-    if node is None:
+    if node is None or base.output_nr:
         return None
     found = _Search(run, base.untyped_storage()._cdata)
     step = found.step(node)

@@ -13,7 +13,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from ..storage import version_of
 from .branch import CallState
-from .frame import ARGUMENT, Arguments, Frame
+from .frame import ARGUMENT, NEWEST, Arguments, Frame
 from .guard import Sample
 from .local import LOCAL, saving_to
 from .plan import Facts, facts_of
@@ -40,6 +40,13 @@ class Region:
         self.name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__qualname__", type(fn).__name__)
         self.training = owner.training if owner is not None else True
         self.facts = _facts_about(fn)
+
+    @classmethod
+    def of(cls, module: nn.Module, forward: Callable[..., Any]) -> Region:
+        """A module's call, by a method of its class."""
+        region = cls(module, ())
+        region.call = functools.partial(forward, module)
+        return region
 
     def module(self) -> nn.Module:
         """The function as a module: the one that it is, or one whose children are those that it may call."""
@@ -138,15 +145,17 @@ class ReplayFrame(Frame):
             self.keep("it changed a parameter or buffer that it had not changed before")
         if [version_of(tensor) for tensor in tensors] != versions:
             self.keep("it changes its input in place")
-        if not self.slots.intact():
-            self.keep("a tensor that it saved was changed in place")
         if not self.why_kept:
             self.held = held
-            self.release()
         return output
 
     def release(self) -> None:
         """Let go of every slot, but for a sample by which the replay is known."""
+        if self.released or self.why_kept:
+            return
+        if not self.slots.intact():
+            self.keep("a tensor that it saved was changed in place")
+            return
         self._watched = self.slots.latest()
         watched = self._slot_watched
         self._sample = self.run.guard.sample(watched) if watched is not None else None
@@ -191,8 +200,9 @@ class ReplayFrame(Frame):
         """Arguments, and slots that are kept or rebuilt."""
         for tensor in self.held.tensors():
             yield ARGUMENT, self.label, tensor
+        why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
-            yield self.why_kept or "rebuilt for backward", self.label, saved
+            yield why, self.label, saved
 
 
 def _outer_save() -> Callable[[Tensor], Any] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,9 +20,10 @@ from ..nn.coupling import Coupling
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
+from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
-from .frame import Frame
+from .frame import ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import Handle, LeafHandle, ViewHandle
 from .local import LOCAL
@@ -41,9 +44,18 @@ class Run:
     Frames are held by handles in the graph, never by the run: nothing outlives the graph.
     """
 
-    def __init__(self, *, guard: str = "fallback", keep: Predicate | None = None, ops: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        guard: str = "fallback",
+        keep: Predicate | None = None,
+        replay: Predicate | None = None,
+        ops: bool = False,
+        budget: float = 0.0,
+    ) -> None:
         self.guard = Guard(guard)
         self.ledger = Ledger()
+        self.budget = Budget(self.ledger, budget)
         self.rng = RngTracker()
         self.marks: object = None  # where the generators were when a frame last looked
         self.values: dict[int, weakref.ref[Value]] = {}
@@ -52,9 +64,9 @@ class Run:
         self.second_evaluations = 0
         self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
         self._keep = keep
+        self._replay = replay
         self._ops = ops
         self._count = 0
-        self._newest: weakref.ref[Frame] | None = None
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._to_purge: list[weakref.ref[Any]] = []
@@ -99,40 +111,45 @@ class Run:
             LOCAL.sink is not None
             or LOCAL.filling is not None
             or not torch.is_grad_enabled()
+            or self.budget.limit == math.inf
             or self._shadowed()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
         )
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.release_newest()
+        self.budget.make_room_for_block()
         self._frames.add(frame)
+        before = self.ledger.held
         result = frame.call(original, args, kwargs)
-        self._newest = weakref.ref(frame)
+        self.budget.add_frame(frame, self.ledger.held - before)
         return result
 
     def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function inside a frame that is run again in backward."""
+        """Call a function inside a frame that is run again in backward, and let go of what it saved at once."""
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return region.call(*args, **kwargs)
         with self._packing():
             if LOCAL.sink is None and LOCAL.filling is None:
-                self.release_newest()
+                self.budget.make_room_for_block()
             self._count += 1
             frame = ReplayFrame(self, region)
             self._frames.add(frame)
-            return frame.call(region.call, args, kwargs)
+            result = frame.call(region.call, args, kwargs)
+            frame.release()
+            return result
+
+    def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens."""
+        if self._replay is None or not self._replay(module) or self._is_plain((), {}):
+            return original(module, *args, **kwargs)
+        self._count += 1
+        return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
 
     def _shadowed(self) -> bool:
         """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return hooks is None or hooks[0] != self.pack
-
-    def release_newest(self) -> None:
-        """Let go of what the newest frame saved, as the next one does when it opens."""
-        newest = self._newest() if self._newest is not None else None
-        if newest is not None:
-            newest.release()
 
     def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
@@ -156,9 +173,13 @@ class Run:
 
     def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Handle:
         """A tensor saved outside any frame."""
-        value = self.found(tensor)
+        reference = self.values.get(tensor.untyped_storage()._cdata)
+        value = reference() if reference is not None else None
         if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
-            value = self._new_value(tensor, unshared=unshared)
+            base = tensor if tensor._base is None else tensor._base
+            value = self._new_value(tensor, base, unshared=unshared)
+            if base is tensor:
+                return value
         elif self._ops and not value.pinned:
             note_output(tensor, value)
         value.pin(tensor)
@@ -166,16 +187,20 @@ class Run:
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def _new_value(self, tensor: Tensor, *, unshared: bool) -> Value:
+    def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
         place = self.place() if self.place is not None else "ordinary layers"
-        base = tensor if tensor._base is None else tensor._base
-        if not self._ops or tensor.nbytes < SMALL or not _covers(base, tensor):
-            return Value(self, tensor, "saved outside any registered block", place)
-        value = Value(self, base, "saved outside any registered block", place)
+        plain = not self._ops or tensor.nbytes < SMALL or self.budget.limit == math.inf or not _covers(base, tensor)
+        value = Value(self, tensor if plain else base, ORDINARY, place)
+        value.maker = type(tensor.grad_fn)
+        value.pinned = True
+        value.count_packed(tensor)
+        if plain:
+            return value
         recipe = code_of(self, tensor, place) if unshared else recipe_of(self, base, place)
         if recipe is not None:
-            value.adopt(recipe)
+            value.recipe = recipe
+            self.budget.add_value(value)
         note_output(base, value)
         return value
 
@@ -289,24 +314,25 @@ class Run:
     def _kept(self) -> list[Kept]:
         """What is held now, by reason and place, each storage once, largest first."""
         holders: list[Frame | Value | None] = [*self._frames, *(reference() for reference in self.values.values())]
-        kept: dict[tuple[str, str], int] = {}
+        kept: dict[tuple[str, str, str], int] = {}
         seen: set[int] = set()
         for holder in holders:
+            op = holder.op if isinstance(holder, Value) else ""
             for why, what, tensor in holder.report() if holder is not None else ():
                 if storage_key(tensor) not in seen:
                     seen.add(storage_key(tensor))
-                    kept[why, what] = kept.get((why, what), 0) + tensor.untyped_storage().nbytes()
-        return [Kept(why, what, nbytes) for (why, what), nbytes in sorted(kept.items(), key=lambda item: -item[1])]
+                    kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
+        largest_first = sorted(kept.items(), key=lambda item: -item[1])
+        return [Kept(why, what, nbytes, op, REMEDIES.get(why, "")) for (why, what, op), nbytes in largest_first]
 
 
 def _covers(base: Tensor, tensor: Tensor) -> bool:
     """Whether ``base`` is all that lies in the tensor's memory."""
     return (
-        base.dtype is tensor.dtype
-        and not base.storage_offset()
-        and base.nbytes == base.untyped_storage().nbytes()
-        and Geometry.of(base).dense
-        and not is_opaque(base)
+        base.nbytes == base.untyped_storage().nbytes()
+        and base.dtype is tensor.dtype
+        and (base is tensor or not is_opaque(base))
+        and (base.is_contiguous() or Geometry.of(base).dense)
     )
 
 

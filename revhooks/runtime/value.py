@@ -70,6 +70,7 @@ class Value:
         "dtype",
         "grid_bits",
         "key",
+        "maker",
         "pinned",
         "recipe",
         "run",
@@ -89,6 +90,7 @@ class Value:
         self.consumer: Frame | None = None
         self.recipe: Recipe | Code | None = None
         self.grid_bits: int | None = None  # its elements are multiples of 2**-grid_bits
+        self.maker: type | None = None  # the kind of node that made it
         self.pinned = False  # a handle needs it
         self._packed = 0
         self._tensor: Tensor | None = detached
@@ -109,6 +111,13 @@ class Value:
         found = run.values.get(self.key)
         if found is not None and found() in (None, self):  # a finalizer runs before weak references die
             del run.values[self.key]
+
+    @property
+    def op(self) -> str:
+        """The operation that made it, of a tensor that an ordinary layer saved."""
+        if self.maker is None:
+            return ""
+        return "none with a gradient" if self.maker is type(None) else self.maker.__name__.removesuffix("Backward0")
 
     @property
     def geometry(self) -> Geometry:
@@ -218,7 +227,7 @@ class Value:
         for piece in self._pieces or ():
             yield self.why, self.what, piece.tensor
         for held in self.recipe.holds() if self.recipe is not None else ():
-            yield "smaller form of what was saved", self.recipe.what, held  # type: ignore[union-attr]
+            yield self.why, self.what, held
 
     def pin(self, tensor: Tensor) -> None:
         """Hold it exactly, once, for a handle (DESIGN section 3); ``tensor`` lies in the same memory."""
@@ -228,11 +237,6 @@ class Value:
             self._tensor_version = self.version
             self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
-
-    def adopt(self, recipe: Recipe | Code) -> None:
-        """Let go of the memory: the recipe brings it back."""
-        self.recipe = recipe
-        self.release()
 
     def release(self) -> None:
         """Let go of the memory, if a frame or a recipe can give it back."""

@@ -1,0 +1,198 @@
+"""Blocks named for replay, and the dial between least memory and plain speed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revhooks
+from revhooks import nn as rnn
+from revhooks.errors import RegistrationError
+from revhooks.runtime.budget import parse_bytes
+from tests.conftest import Count, calls
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Tanh(), nn.Dropout(0.1))
+        self.out, self.calls = nn.Linear(4 * width, width), 0
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        self.calls += 1
+        return x + scale * self.out(self.net(x))
+
+
+class Special(Layer):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x, scale=2 * scale)
+
+
+def stack(depth: int, cls: type[Layer] = Layer) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*[cls() for _ in range(depth)])
+
+
+def gradients(net: nn.Module, x: Tensor, **options: Any) -> tuple[list[Tensor], Any, int]:
+    net = copy.deepcopy(net)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with revhooks.reversible(**options) if options else torch.enable_grad() as run:
+        y = net(x).square().mean()
+        held = run.stats.held_bytes if options else 0
+        y.backward()
+    counted = sum(layer.calls for layer in net.modules() if isinstance(layer, (Layer, Count)))
+    return [x.grad, *[p.grad for p in net.parameters()], torch.rand(1)], (run.stats if options else counted), held
+
+
+X = torch.randn(64, 32)
+
+
+@pytest.mark.parametrize(
+    "spec", [Layer, (Layer, nn.Conv2d), lambda module: isinstance(module, Layer)], ids=["class", "tuple", "predicate"]
+)
+@pytest.mark.parametrize("cls", [Layer, Special])
+def test_replay_by_name(spec: Any, cls: type[Layer]) -> None:
+    net = stack(6, cls)
+    plain, _, _ = gradients(net, X)
+    for _ in range(2):
+        got, stats, held = gradients(net, X, replay=spec)
+        assert all(map(torch.equal, plain, got))
+        assert stats.replays == 5  # the newest is still there
+        assert held < 0.4 * stats.packed_bytes
+        assert stats.held_bytes == 0
+
+
+def test_replay_stops_early_and_newest_is_kept() -> None:
+    """Two calls a layer, one for the newest; what `torch.utils.checkpoint` calls is one more."""
+    counted = []
+
+    class Counting(Layer):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            counted.append(self)
+            return super().forward(x, scale)
+
+    net = stack(4, Counting)
+    with revhooks.reversible(replay=Counting):
+        net(X).sum().backward()
+    assert len(counted) == 2 * 4 - 1
+
+
+def test_named_layers_inside_and_around_blocks() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chain = nn.Sequential(*[rnn.AdditiveCoupling(Branch(), Branch(), dim=-1) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.chain(x).tanh()
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Around(), Layer(), Around(), Layer()).double()
+    x = X.double()
+    plain, _, _ = gradients(net, x)
+    for spec in (Layer, Around, (Layer, Around)):
+        got, stats, _ = gradients(net, x, replay=spec)
+        assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(plain, got, strict=True))
+        assert stats.held_bytes == 0
+
+
+def chain(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    fns = [Count(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))) for _ in range(24)]
+    if kind == "sequence":
+        return rnn.ReversibleSequential(*fns, dim=-1).double()
+    return nn.Sequential(*[rnn.AdditiveCoupling(f, g, dim=-1) for f, g in zip(fns[::2], fns[1::2], strict=True)]).double()
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "blocks": (lambda: chain("blocks"), {}),
+    "sequence": (lambda: chain("sequence"), {}),
+    "replay": (lambda: stack(8).double(), {"replay": Layer}),
+    "ops": (lambda: stack(8).double(), {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_dial(case: str) -> None:
+    """More room, fewer rebuilds; held bytes stay under the budget, the peak under budget and a working set."""
+    make, options = CASES[case]
+    net, x = make(), X.double()
+    plain, _, _ = gradients(net, x)
+    _, least, floor = gradients(net, x, budget=0, **options)
+    rebuilt, room = [], least.packed_bytes
+    working = least.peak_held_bytes
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 1.2, math.inf):
+        budget = share * room if share < math.inf else math.inf
+        got, stats, held = gradients(net, x, budget=budget, **options)
+        assert all(torch.allclose(a, b, atol=1e-11, rtol=0) for a, b in zip(plain, got, strict=True))
+        assert held <= max(budget, floor) + working * (share > 0)
+        assert stats.peak_held_bytes <= budget + working
+        assert stats.held_bytes == 0
+        rebuilt.append(stats.replays + stats.inversions)
+    assert rebuilt == sorted(rebuilt, reverse=True)
+    assert rebuilt[-1] == 0
+    assert held == pytest.approx(room, rel=0.01)  # plain autograd's
+
+
+def test_more_room_means_fewer_evaluations() -> None:
+    counts = []
+    for share in (0.0, 0.3, 0.6, 2.0):
+        net = chain("sequence")
+        with revhooks.reversible(budget=share * 1.2e6) as run:
+            net(X.double()).sum().backward()
+        counts.append(sum(calls(net)))
+    assert counts[0] == 2 * 24 - 1
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) == 4
+    assert counts[-1] == 24
+    assert run.stats.held_bytes == 0
+
+
+@pytest.mark.parametrize("use", ["two forwards", "retained", "never"])
+@pytest.mark.parametrize("case", CASES)
+def test_uses_with_half_the_room(case: str, use: str, no_gc: None) -> None:
+    make, options = CASES[case]
+    results = []
+    for reverse in (False, True):
+        net, x = make(), X.double().requires_grad_()
+        torch.manual_seed(0)
+        with revhooks.reversible(budget="200KiB", **options) if reverse else torch.enable_grad() as run:
+            first = net(x).square().mean()
+            if use == "two forwards":
+                second = net(x * 0.5).square().mean()
+                first.backward()
+                second.backward()
+                del second
+            elif use == "retained":
+                first.backward(retain_graph=True)
+                first.backward()
+            del first
+        results.append([p.grad for p in net.parameters()])
+        assert not reverse or run.stats.held_bytes == 0
+    for a, b in zip(*results, strict=True):
+        assert a is b is None or torch.allclose(a, b, atol=1e-11, rtol=0)
+
+
+def test_bytes() -> None:
+    assert [parse_bytes(b) for b in (None, 5, "2GiB", "1.5 kb", "10", "3 MB")] == [0, 5, 2**31, 1500, 10, 3e6]
+    assert 0 < parse_bytes("auto") < 1e15
+    for bad in ("lots", "2 GiBs", "-1", -1, True, [], "1.2.3KiB"):
+        with pytest.raises(RegistrationError, match="budget="):
+            revhooks.reversible(budget=bad)
+    with pytest.raises(RegistrationError, match="replay="):
+        revhooks.reversible(replay=3)

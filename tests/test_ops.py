@@ -1,0 +1,367 @@
+"""Ordinary layers: what is recomputed is bit-equal, holds less than plain autograd and never more, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import revhooks
+from revhooks.errors import ModifiedError, ReplayError
+
+Net = Callable[[Tensor], Tensor]
+
+
+def compare(net: nn.Module, *inputs: Tensor, less: float | None = None, steps: int = 2, **options: Any) -> Any:
+    """Some steps plain and reversible, from one seed: bitwise the same. ``less``: the share of saved bytes to be spared."""
+    results = []
+    for reverse in (False, True):
+        model = copy.deepcopy(net)
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        torch.manual_seed(1)
+        seen = []
+        for _ in range(steps):
+            model.zero_grad()
+            with revhooks.reversible(**options) if reverse else torch.enable_grad() as run:
+                value = model(*leaves).float().square().mean()
+                if reverse:
+                    assert run.stats.held_bytes <= run.stats.packed_bytes, run.stats
+                    if less is not None:
+                        assert run.stats.held_bytes <= (1 - less) * run.stats.packed_bytes, run.stats
+                value.backward()
+            if reverse:
+                assert run.stats.held_bytes == 0, run.stats.kept
+            seen += [value.detach(), *[t.grad.clone() for t in (*leaves, *model.parameters()) if t.grad is not None]]
+            seen += [b.clone() for b in model.buffers()]
+        results.append([*seen, torch.rand(1)])
+    assert len(results[0]) == len(results[1])
+    assert all(map(torch.equal, *results))
+    return run
+
+
+class Apply(nn.Module):
+    """A function between two linear layers, so that what it makes is saved."""
+
+    def __init__(self, fn: Net, width: int = 32, out: int = 32, **modules: nn.Module) -> None:
+        super().__init__()
+        self.first, self.fn, self.last = nn.Linear(width, width), fn, nn.Linear(out, 4)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fn(self.first(x)))
+
+
+ACTIVATIONS: dict[str, Net] = {
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "elu": lambda x: F.elu(x, 0.7),
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 1.3),
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2),
+    "softplus": lambda x: F.softplus(x, beta=2, threshold=5),
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "relu6": F.relu6,
+    "mish": F.mish,
+    "logsigmoid": F.logsigmoid,
+    "sin": torch.sin,
+    "square": lambda x: x**2,
+    "swish by hand": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "exp": lambda x: torch.exp(-x.square()),
+    "scaled": lambda x: F.silu(x) * 0.5 / 3.0,
+    "residual": lambda x: F.gelu(x) + F.silu(x) - 0.5 * x.sin(),
+    "pad": lambda x: F.pad(F.gelu(x), (0, 0))[..., :32],
+    "cat": lambda x: torch.cat([F.gelu(x[..., :16]), F.silu(x)[..., 16:]], -1),
+    "transposed": lambda x: F.gelu(x).transpose(0, 1).reshape(x.shape),
+    "half": lambda x: F.gelu(x).to(torch.bfloat16).float(),
+    "in place": lambda x: F.relu_(x * 2),
+    "in place twice": lambda x: (x * 2).add_(x).relu_(),
+    "dropout": lambda x: F.dropout(F.gelu(x), 0.3),
+    "view": lambda x: F.gelu(x).view(-1, 16).view(x.shape),
+    "layer norm without affine": lambda x: F.layer_norm(x, (32,)),
+    "group norm": lambda x: F.group_norm(x.reshape(-1, 32), 4).reshape(x.shape),
+    "rms norm": lambda x: F.rms_norm(x, (32,)),
+}
+SPARES = {
+    "gelu", "gelu tanh", "silu", "elu", "selu", "leaky relu", "softplus", "hardswish", "hardsigmoid", "relu6", "mish", "sin",
+    "square", "swish by hand", "scaled", "residual", "transposed", "view", "layer norm without affine", "group norm", "rms norm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (8, 16, 32)], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str, shape: tuple[int, ...], no_gc: None) -> None:
+    compare(Apply(ACTIVATIONS[name]), torch.randn(*shape), less=0.2 if name in SPARES else None)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer norm": lambda: nn.LayerNorm(32),
+    "layer norm, other eps": lambda: nn.LayerNorm(32, eps=1e-6),
+    "layer norm, odd eps": lambda: nn.LayerNorm(32, eps=3.3e-5),
+    "layer norm without bias": lambda: nn.LayerNorm(32, bias=False),
+    "rms norm": lambda: nn.RMSNorm(32),
+    "batch norm": lambda: nn.BatchNorm1d(32),
+    "batch norm, relu": lambda: nn.Sequential(nn.BatchNorm1d(32), nn.ReLU()),
+    "batch norm, relu in place": lambda: nn.Sequential(nn.BatchNorm1d(32), nn.ReLU(inplace=True)),
+    "batch norm, cumulative": lambda: nn.BatchNorm1d(32, momentum=None),
+    "batch norm without affine": lambda: nn.BatchNorm1d(32, affine=False),
+    "batch norm without statistics": lambda: nn.BatchNorm1d(32, track_running_stats=False),
+    "group norm": lambda: nn.GroupNorm(4, 32),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str, mode: str) -> None:
+    """Statistics are updated once; in eval they are not touched."""
+    net = nn.Sequential(nn.Linear(32, 32), NORMS[name](), nn.Linear(32, 4))
+    for p in net[1].parameters():
+        nn.init.normal_(p)
+        p.requires_grad_(mode != "frozen")
+    if mode == "eval":
+        net(torch.randn(64, 32))
+        net.eval()
+    compare(net, torch.randn(64, 32), less=0.2 if mode != "frozen" and "odd" not in name and "without b" not in name else None)
+
+
+class Block(nn.Module):
+    """A transformer's, pre-norm."""
+
+    def __init__(self, width: int = 64, norm: type[nn.Module] = nn.LayerNorm, dropout: float = 0.0, gated: bool = False) -> None:
+        super().__init__()
+        self.n1, self.n2 = norm(width), norm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, (8 if gated else 4) * width), nn.Linear(4 * width, width)
+        self.gated, self.p = gated, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (s.view(b, t, 4, -1).transpose(1, 2) for s in self.qkv(self.n1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        x = x + F.dropout(self.out(y), self.p, self.training)
+        h = self.up(self.n2(x))
+        h = F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1] if self.gated else F.gelu(h)
+        return x + F.dropout(self.down(h), self.p, self.training)
+
+
+def test_transformers_spare_a_third() -> None:
+    x = torch.randn(2, 64, 64)
+    compare(nn.Sequential(*[Block() for _ in range(3)]), x, less=0.33)
+    compare(nn.Sequential(*[Block(norm=nn.RMSNorm, gated=True) for _ in range(3)]), x, less=0.35)
+    compare(nn.Sequential(*[Block(dropout=0.1) for _ in range(3)]), x, less=0.33)
+    layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.1, batch_first=True, activation="gelu", norm_first=True)
+    compare(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x, less=0.2)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, inplace: bool) -> None:
+        super().__init__()
+        self.c1, self.c2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.b1, self.b2, self.relu = nn.BatchNorm2d(width), nn.BatchNorm2d(width), nn.ReLU(inplace)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b2(self.c2(self.relu(self.b1(self.c1(x)))))
+        h = h.add_(x) if self.inplace else h + x
+        return self.relu(h)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_residual_nets_spare_two_fifths(inplace: bool, layout: torch.memory_format) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), *[Residual(16, inplace) for _ in range(12)]).to(memory_format=layout)
+    run = compare(net, torch.randn(4, 3, 18, 18).to(memory_format=layout), less=0.4)
+    assert run.stats.peak_held_bytes < 0.75 * run.stats.packed_bytes  # a long chain of recipes is not unrolled at once
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.Dropout(0.4)])
+def test_masks_and_indices_take_less(layer: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Tanh(), layer)
+    compare(net, torch.randn(4, 3, 32, 32), less=0.15)
+
+
+def test_a_mask_that_its_user_holds_is_left_alone() -> None:
+    mask = (torch.rand(64, 512) > 0.5).float()
+    x = torch.randn(64, 512, requires_grad=True)
+    with revhooks.reversible() as run:
+        y = (x * mask).sum()
+        assert run.stats.held_bytes == mask.nbytes  # as in plain autograd, and shared with the user
+        y.backward()
+
+
+def test_one_memory_is_counted_and_kept_once() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    with revhooks.reversible() as run:
+        h = x * 2
+        y = (h.sin() * h.t().cos() * h.view(-1).view(64, 64).exp()).sum()
+        y.backward(retain_graph=True)
+        expected = x.grad.clone()
+        x.grad = None
+        y.backward()
+    assert torch.equal(expected, x.grad)
+    assert run.stats.held_bytes == 0
+
+
+# -- attacks
+
+
+def test_changes_under_no_grad_are_seen() -> None:
+    """The graph does not know of them; plain autograd saves what is there."""
+    net = nn.Linear(32, 4)
+    for edit in (lambda h: h.mul_(2), lambda h: h[3:5].zero_(), lambda h: h.clamp_(min=0.1), lambda h: h.add_(0.25)):
+        for fn in (F.gelu, F.relu, lambda t: F.relu_(t * 1), lambda t: F.layer_norm(t, (32,))):
+            grads = []
+            for reverse in (False, True):
+                torch.manual_seed(0)
+                x = torch.randn(64, 32, requires_grad=True)
+                net.zero_grad()
+                with revhooks.reversible() if reverse else torch.enable_grad():
+                    h = fn(x * 1.5)
+                    with torch.no_grad():
+                        edit(h)
+                    try:
+                        net(h).sum().backward()
+                    except RuntimeError:  # ReLU's own result was changed: both must say so
+                        grads.append(None)
+                        continue
+                grads.append((net.weight.grad.clone(), x.grad))
+            assert (grads[0] is None) == (grads[1] is None)
+            assert grads[0] is None or all(map(torch.equal, *grads))
+
+
+def test_data_edits_are_caught() -> None:
+    net = nn.Linear(32, 4)
+    x = torch.randn(64, 32, requires_grad=True)
+    with revhooks.reversible():
+        h = F.gelu(x * 1.5)
+        h.data.mul_(2)
+        with pytest.raises(ReplayError, match="Gelu"):
+            net(h).sum().backward()
+
+
+def test_a_changed_parameter_raises() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    with revhooks.reversible():
+        y = net(torch.randn(64, 32)).sum()
+        with torch.no_grad():
+            net[1].bias.add_(1)
+        with pytest.raises(ModifiedError):
+            y.backward()
+
+
+def test_a_changed_output_raises() -> None:
+    net = nn.Linear(32, 4)
+    x = torch.randn(64, 32, requires_grad=True)
+    for context in (torch.enable_grad, revhooks.reversible):
+        with context():
+            h = F.gelu(x * 1)
+            y = net(h).sum()
+            h.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()
+
+
+def test_passes() -> None:
+    net = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 4)).double()
+    x = torch.randn(16, 8, dtype=torch.float64, requires_grad=True)
+
+    def use() -> list[Tensor]:
+        hidden = net[:3](x)
+        y = net[3:](hidden).square().sum()
+        out = [*torch.autograd.grad(y, [hidden, net[0].weight], retain_graph=True)]
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        out += [g.detach(), *torch.autograd.grad(g.square().sum() + y, list(net.parameters()), retain_graph=True)]
+        out += [*torch.autograd.grad(hidden.sin().sum(), x, retain_graph=True), *torch.autograd.grad(y, x)]
+        return out
+
+    plain = use()
+    with revhooks.reversible() as run:
+        rev = use()
+    assert all(torch.allclose(a, b, atol=1e-14, rtol=0) for a, b in zip(plain, rev, strict=True))
+    assert run.stats.held_bytes == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(net.float(), torch.randn(512, 8), less=0.15)
+
+
+def test_around_and_inside_checkpoints_and_blocks() -> None:
+    mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlps = nn.ModuleList([copy.deepcopy(mlp) for _ in range(4)])
+            self.block = revhooks.nn.AdditiveCoupling(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)), dim=-1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mlps[0](x)
+            x = x + checkpoint(self.mlps[1], F.silu(x), use_reentrant=False)
+            x = x + revhooks.checkpoint(self.mlps[2], F.gelu(x))
+            return F.gelu(self.block(F.gelu(x)).float()) * self.mlps[3](x)
+
+    compare(Mixed(), torch.randn(64, 32))
+
+
+def test_nothing_survives(no_gc: None) -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+    for backward in (True, False):
+        with revhooks.reversible() as run:
+            y = net(torch.randn(64, 32)).sum()
+            if backward:
+                y.backward()
+            del y
+        assert run.stats.held_bytes == 0
+        assert not run.values
+
+
+def test_off() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+    compare(net, torch.randn(64, 32), ops=False)
+    with revhooks.reversible(ops=False) as run:
+        y = net(torch.randn(64, 32)).sum()
+        assert run.stats.held_bytes == run.stats.packed_bytes
+        y.backward()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_ordinary_nets(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    names = [name for name in ACTIVATIONS if name not in ("half",)]
+    picks = [names[int(i)] for i in torch.randint(0, len(names), (6,), generator=generator)]
+
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList([nn.Linear(32, 32) for _ in picks])
+
+        def forward(self, x: Tensor) -> Tensor:
+            states = [x]
+            for i, (name, linear) in enumerate(zip(picks, self.linears, strict=True)):
+                h = ACTIVATIONS[name](states[-1])
+                states.append(linear(h) if i % 3 else linear(h) + h * states[i // 2])
+            return sum(itertools.starmap(torch.mul, itertools.pairwise(states)), torch.zeros(()))
+
+    compare(Random(), torch.randn(64, 32, generator=generator))
+
+
+def test_every_kept_byte_is_explained() -> None:
+    net = nn.Sequential(
+        nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), revhooks.nn.AdditiveCoupling(nn.Linear(16, 16), nn.Tanh(), dim=-1)
+    )
+    with revhooks.reversible() as run:
+        y = net(torch.randn(64, 32, requires_grad=True)).square().sum()
+        kept = run.stats.kept
+        assert sum(one.bytes for one in kept) == run.stats.held_bytes
+        assert all(one.why and one.what and one.remedy for one in kept)
+        assert {"Addmm", "none with a gradient"} & {one.op for one in kept}
+        y.backward()

@@ -32,6 +32,9 @@ bench: .venv/.installed
 	$(BIN)/python bench/coupling_chain.py
 	$(BIN)/python bench/fixed_cost.py
 	$(BIN)/python bench/semantics.py
+	$(BIN)/python bench/drift.py
+	$(BIN)/python bench/cifar_table.py
+	$(BIN)/python bench/iresnet_table.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,9 @@ BIN := .venv/bin
 	@# Peers, for tests and benches. Without their dependencies: memcnn and momentumnet ask for torchvision and more.
 	$(BIN)/python -m pip install --quiet --no-deps memcnn==1.5.2 revlib==1.7.2 revtorch==0.2.4 \
 		invtorch==0.5.0 momentumnet==0.10
+	@# Hugging Face's GPT-2, for bench/ordinary.py. Without dependencies: none may bring another torch.
+	$(BIN)/python -m pip install --quiet --no-deps transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
+		safetensors==0.8.0 regex pyyaml requests urllib3 certifi charset-normalizer idna tqdm
 	@touch $@
 
 demo: .venv/.installed
@@ -30,6 +33,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python bench/coupling_chain.py
+	$(BIN)/python bench/ordinary.py
 	$(BIN)/python bench/fixed_cost.py
 	$(BIN)/python bench/semantics.py
 	$(BIN)/python bench/drift.py

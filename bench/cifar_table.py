@@ -324,7 +324,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.networks, options.batch, options.time_batch, options.rounds = ["32/38"], 10, 10, 1
-    console = Console(width=max(112, Console().width))
+    console = Console(width=max(116, Console().width))
     result = {
         "torch": torch.__version__,
         "device": "cpu",

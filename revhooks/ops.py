@@ -191,17 +191,21 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor, likely: float | None) -> float | None:
-    """The eps that gives the deviations of some rows; ``None`` if none does, or if they do not tell it from others."""
-    rows = x.reshape(-1, *shape)[:32]
-    deviations = rstd.reshape(-1)[: len(rows)]
+    """The eps that gives the deviations; ``None`` if none does, or if deviations of a narrow dtype do not tell."""
+    rows = x.reshape(-1, *shape)
+    deviations = rstd.reshape(-1)
 
-    def matches(eps: float) -> bool:
-        return _same_bits(torch.native_layer_norm(rows, shape, None, None, eps)[2].reshape(-1), deviations)
+    def matches(eps: float, count: int = 32) -> bool:
+        again = torch.native_layer_norm(rows[:count], shape, None, None, eps)[2]
+        return _same_bits(again.reshape(-1), deviations[:count])
 
     if likely is not None and matches(likely):
         return likely
     eps = next((eps for eps in _EPSILONS if matches(eps)), None)
-    return None if eps is None or matches(1.01 * eps + 1e-30) else eps
+    if eps is None or not matches(1.01 * eps + 1e-30):
+        return eps
+    # rows of a large variance do not tell it from others: then it has to fit them all
+    return eps if rstd.dtype in (torch.float32, torch.float64) and matches(eps, len(rows)) else None
 
 
 def _layer_norm(node: Any) -> Operation | None:
@@ -213,9 +217,10 @@ def _layer_norm(node: Any) -> Operation | None:
     shape = tuple(node._saved_normalized_shape)
 
     parameter = getattr(node.next_functions[1][0], "variable", None)
-    first = None if parameter is None else _eps_of.get(parameter)
+    known = None if parameter is None else _eps_of.get(parameter)
+    first = known
     if first is None or getattr(source, "held", False):
-        first = _eps_by(source.get(), shape, rstd.get(), first)
+        first = _eps_by(source.get(), shape, rstd.get(), known)
         if first is None:
             return None
         if parameter is not None:

@@ -43,7 +43,7 @@ class Budget:
     def add_value(self, value: Evictable) -> None:
         """A saved tensor that a recipe could bring back."""
         self._values.append(weakref.ref(value))
-        self.make_room()
+        self.make_room(spare=1)  # the newest block stays until the next one opens
 
     def add_frame(self, frame: Evictable, nbytes: int = 0) -> None:
         """A block, or a step of one, that has run and added so many bytes."""
@@ -58,10 +58,10 @@ class Budget:
         """Let go of all that can be brought back."""
         self.make_room(1 << 62)
 
-    def make_room(self, coming: int = 0) -> None:
-        """Let go of the oldest until so many more bytes fit."""
-        for queue in (self._values, self._frames):
-            while queue and self._ledger.held + coming > self.limit:
+    def make_room(self, coming: int = 0, *, spare: int = 0) -> None:
+        """Let go of the oldest until so many more bytes fit; not of the ``spare`` newest blocks."""
+        for queue, least in ((self._values, 0), (self._frames, spare)):
+            while len(queue) > least and self._ledger.held + coming > self.limit:
                 evicted = queue.popleft()()
                 if evicted is not None:
                     evicted.release()

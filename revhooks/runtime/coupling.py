@@ -161,9 +161,9 @@ class CouplingFrame(ModuleFrame):
         if args or kwargs:
             self.arguments = Arguments(self.run, args, kwargs)
         steps = self.module.steps()
-        place = steps[0].source if steps else 1
-        untouched = streams[place].detach()  # of a block, what its first branch gets
         self.is_chain = len(steps) > 2  # each step is what a block is elsewhere: kept until the next one opens
+        place = steps[0].source if steps else 1
+        untouched = None if self.is_chain else streams[place].detach()  # of a block, what its first branch gets
         watch = RangeWatch(self.module)
         try:
             for index, step in enumerate(steps):
@@ -176,7 +176,8 @@ class CouplingFrame(ModuleFrame):
             LOCAL.sink = None
         y = self.module.join(streams)
         streams.clear()  # here is the peak of a forward: nothing may linger
-        self._take_input(x, place, untouched)
+        if untouched is not None:
+            self._take_input(x, place, untouched)
         self.end([branch.state for branch in self.branches])
         self._input_key = 0
         if y.requires_grad:

@@ -90,7 +90,7 @@ def picture(images: Tensor, rebuilt: Tensor, path: Path) -> bool:
     figure, axes = plt.subplots(2, len(images), figsize=(len(images), 2.4))
     for row, (name, batch) in zip(axes, (("image", images), ("rebuilt", rebuilt)), strict=True):
         for axis, image in zip(row, batch, strict=True):
-            axis.imshow(image[0], cmap="gray_r")
+            axis.imshow(image[0].numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
     figure.tight_layout()

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from revhooks.cli import main
+from revhooks.profile.target import load_target
 from revhooks.record import SCHEMA_VERSION, Kept, ModuleRow, Report, Stats, Step, WorstError
 from revhooks.report.tables import render
 from revhooks.report.timeline import timeline
@@ -86,6 +87,15 @@ def test_report_of_a_module(targets: str, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(Path(targets).parent)
     assert main(["report", "targets_for_tests:build", "--rounds", "1", "--no-fresh"]) == 0
     assert "saved for backward" in capsys.readouterr().out
+
+
+def test_a_file_does_not_stand_for_a_module_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "colorsys.py"
+    path.write_text(TARGETS)
+    before = sys.modules.get("colorsys")
+    assert len(load_target(f"{path}:build")()) == 2
+    assert sys.modules.get("colorsys") is before
 
 
 def test_check(targets: str, capsys: pytest.CaptureFixture[str]) -> None:

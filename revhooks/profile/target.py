@@ -37,11 +37,12 @@ def _load_file(spec: str, path: Path) -> Any:
     if not path.is_file():
         raise _unknown(spec, f"a file {path}", "no such file")
     sys.path.insert(0, str(path.resolve().parent))
-    source = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"__target_{path.stem}__"  # a name that no import finds: models/random.py must not stand for the standard library's
+    source = importlib.util.spec_from_file_location(name, path)
     if source is None or source.loader is None:
         raise _unknown(spec, f"a Python file {path}", "a file that cannot be imported")
     module = importlib.util.module_from_spec(source)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     return _import(spec, lambda: source.loader.exec_module(module) or module)  # type: ignore[union-attr]
 
 

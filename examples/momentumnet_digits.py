@@ -2,8 +2,8 @@
 
 Trains it plainly, reversibly, and reversibly on a grid, from the same weights; prints accuracy and what was held for backward.
 
-python examples/momentumnet.py
-revhooks report examples/momentumnet.py:target
+python examples/momentumnet_digits.py
+revhooks report examples/momentumnet_digits.py:target
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ __all__ = [
     "Ledger",
     "compact",
     "fingerprint",
+    "is_alone",
     "is_leaf",
     "is_opaque",
     "reserve",
@@ -119,6 +120,27 @@ def version_of(tensor: Tensor) -> int:
 def compact(tensor: Tensor) -> Tensor:
     """``tensor`` itself when contiguous, else a dense copy in its own memory order."""
     return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.preserve_format)
+
+
+_LARGE = 1 << 14  # elements; below, what would be spared is not worth the question
+
+
+def is_alone(tensor: Tensor) -> bool:
+    """Whether the tensor is large, and the only one that lies in its memory, which it covers.
+
+    Example:
+        >>> x = torch.zeros(1 << 15)
+        >>> is_alone(x)
+        True
+        >>> other = x.detach()
+        >>> is_alone(x)
+        False
+    """
+    if tensor.numel() < _LARGE or tensor.is_meta or tensor.is_inference():
+        return False
+    storage = tensor.untyped_storage()
+    # itself, and the storage's object here
+    return tensor.nbytes == storage.nbytes() and int(torch._C._storage_Use_Count(storage._cdata)) == 2
 
 
 def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:

@@ -65,6 +65,38 @@ def test_extra_arguments() -> None:
     assert revhooks.check(block, torch.randn(3, 8).double(), torch.ones(4).double(), shift=0.5)
 
 
+class Late(nn.Module):
+    """Initialised by the first input that it sees, and not to be inverted before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.scale:
+            with torch.no_grad():
+                self.scale.fill_(1 / float(x.std()))
+        return x * self.scale
+
+    def inverse(self, y: Tensor) -> Tensor:
+        if not self.scale:
+            raise RuntimeError("not initialised")
+        return y / self.scale
+
+
+def test_a_first_call_that_initialises() -> None:
+    x = 3 * torch.randn(8, 4) + 1
+    result = revhooks.check(rnn.ActNorm(4), x)
+    assert result, result
+    revhooks.register(Late, inverse="inverse")
+    try:
+        result = revhooks.check(Late(), x)
+    finally:
+        revhooks.unregister(Late)
+    assert result, result
+    assert result.inverse_error < 1e-6
+
+
 def test_not_an_inverse() -> None:
     class Wrong(Coupling):
         def inverse(self, y: Tensor) -> Tensor:

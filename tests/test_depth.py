@@ -147,3 +147,57 @@ def test_peak_under_a_head_is_that_of_one_plain_block() -> None:
     assert activation_peak(Pooled(conv_chain(8)), x, reverse=True) <= 1.1 * one_block
     chain = rnn.ReversibleSequential(*[conv_branch(6) for _ in range(64)])
     assert activation_peak(Pooled(chain), x, reverse=True) <= one_block
+
+
+class Remembers(nn.Module):
+    """Keeps what it is given, as an analysis or a feature cache would."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x.detach(), x.detach().clone()))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("two_streams", [False, True])
+def test_streams_that_somebody_keeps_are_not_written_over(two_streams: bool) -> None:
+    """Streams are inverted in their own memory, where they are alone there: not those that a branch keeps, nor an output."""
+    branches = [Remembers(4).double() for _ in range(8)]
+    pairs = zip(branches[::2], branches[1::2], strict=True)
+    model = rnn.ReversibleSequential(*branches) if two_streams else nn.Sequential(*(rnn.AdditiveCoupling(*p) for p in pairs))
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    for branch in branches:
+        branch.seen.clear()
+    with revhooks.reversible():
+        y = model(x)
+        before = y.detach().clone()
+        for retain in (True, False):
+            grads = torch.autograd.grad(y.square().sum(), [x, *model.parameters()], retain_graph=retain)
+            assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(grads, expected, strict=True))
+    assert torch.equal(y, before)
+    assert sum(len(branch.seen) for branch in branches) > 8
+    assert all(torch.equal(tensor, copy) for branch in branches for tensor, copy in branch.seen)
+
+
+def test_gradients_of_a_chain_lie_apart() -> None:
+    """So that the used half of the gradient of its output is not held for the sake of the other."""
+    seen = []
+    chain = rnn.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(2)], dim=-1)
+    for branch in chain:
+        branch.register_full_backward_hook(lambda _, __, grads: seen.append(grads[0].untyped_storage().nbytes()))
+    chain(torch.randn(16, 8, requires_grad=True)).square().sum().backward()
+    assert seen == [16 * 4 * 4] * 2
+
+
+def test_a_chain_under_function_transforms() -> None:
+    chain = rnn.ReversibleSequential(*[nn.Linear(2, 2) for _ in range(3)], dim=-1).double()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(chain, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(chain, x)
+    assert torch.allclose(torch.func.jacrev(chain)(x[0]), torch.func.jacfwd(chain)(x[0]))
+    each = torch.func.vmap(torch.func.grad(lambda row: chain(row).square().sum()))(x)
+    assert torch.allclose(each, torch.autograd.grad(chain(x).square().sum(), x)[0])

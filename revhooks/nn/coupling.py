@@ -33,7 +33,7 @@ class Step(NamedTuple):
     target: int
     law: Law
 
-    def evaluate(self, source: Tensor, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def evaluate(self, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Call the branch; its result must be a tensor.
 
         Raises:
@@ -200,10 +200,14 @@ class Coupling(nn.Module):
             raise self._cannot_split(f"an even size along dim {self.dim}", f"shape {tuple(x.shape)}")
         if sum(sizes) != width:
             raise self._cannot_split(f"{sum(sizes)} = {sizes[0]} + {sizes[1]} along dim {self.dim}", f"shape {tuple(x.shape)}")
-        streams = x.split(sizes, self.dim)
-        if self.grid_bits is not None:
-            return [round_to_grid(stream, self.grid_bits) for stream in streams]
-        return [compact(stream) for stream in streams]
+        return [self._dense(stream) for stream in x.split(sizes, self.dim)]
+
+    def _dense(self, stream: Tensor) -> Tensor:
+        return compact(stream) if self.grid_bits is None else round_to_grid(stream, self.grid_bits)
+
+    def stream(self, x: Tensor, place: int, sizes: Sequence[int]) -> Tensor:
+        """One of the streams that `split` has made, of these sizes."""
+        return self._dense(x.split(tuple(sizes), self.dim)[place])
 
     def _cannot_split(self, expected: str, got: str) -> ShapeError:
         return ShapeError(
@@ -231,7 +235,7 @@ class Coupling(nn.Module):
         """
         streams, watch = self.split(x), RangeWatch(self)
         for index, step in enumerate(self.steps()):
-            update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
+            update = step.evaluate(streams[step.source], args, kwargs)
             streams[step.target] = step.apply(streams[step.target], update)
             watch.see(index, streams[step.target])
         watch.close()
@@ -245,7 +249,7 @@ class Coupling(nn.Module):
         """
         streams = self.split(y)
         for step in reversed(self.steps()):
-            update = step.evaluate(streams[step.source], streams[step.target], args, kwargs)
+            update = step.evaluate(streams[step.source], args, kwargs)
             streams[step.target] = step.undo(streams[step.target], update)
         return self.join(streams)
 
@@ -266,7 +270,7 @@ class Coupling(nn.Module):
         ladj = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
         for step in self.steps():
             before = streams[step.target]
-            update = step.evaluate(streams[step.source], before, args, kwargs)
+            update = step.evaluate(streams[step.source], args, kwargs)
             streams[step.target] = step.apply(before, update)
             ladj = ladj + step.log_det(before, update)
         return self.join(streams), ladj

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import RegistrationError, ShapeError, explain
 from ..functional import ADDITIVE, Law, affine_law, grid_law
+from ..storage import compact
 from .coupling import Coupling, Step
 
 __all__ = ["ReversibleSequential"]
@@ -125,8 +128,37 @@ class ReversibleSequential(Coupling):
         branch = self._modules[str(index % self._count)]
         return branch  # type: ignore[return-value]
 
+    def join(self, streams: Sequence[Tensor]) -> Tensor:
+        """The output that carries both streams."""
+        if any(stream.requires_grad for stream in streams):
+            return _Join.apply(self.dim, *streams)  # type: ignore[no-any-return]
+        return super().join(streams)
+
     def steps(self) -> Sequence[Step]:
         """One step a branch, into the first and the second stream by turns; what was appended has the last one's law."""
         given = 1 if isinstance(self.coupling, (str, Law)) else len(self.coupling)
         laws = self._laws(self.coupling, given, self.dim, self.grid_bits) or [ADDITIVE]
         return [Step(fn, 1 - i % 2, i % 2, laws[min(i, len(laws) - 1)]) for i, fn in enumerate(self)]
+
+
+class _Join(torch.autograd.Function):
+    """`torch.cat` whose gradients lie each in memory of its own: a used one does not stay for as long as the others."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dim: int, *streams: Tensor) -> Tensor:
+        return torch.cat(streams, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.dim, *streams = inputs
+        ctx.sizes = [stream.shape[ctx.dim] for stream in streams]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(compact(part) for part in grads[0].split(ctx.sizes, ctx.dim))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:
+        return torch.cat(tangents, ctx.dim)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..functional import ADDITIVE
 from ..nn.coupling import Coupling, RangeWatch, Step
-from ..storage import Held, compact, restride, storage_key, version_of, version_probe
+from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
@@ -135,7 +136,6 @@ class CouplingFrame(ModuleFrame):
         self.is_chain = False
         self._originals: dict[int, Held] = {}  # inputs that a branch changed in place, as they were
         self._head: Head | None = None
-        self._head_streams: list[Tensor] | None = None
         self._input_probe: Tensor | None = None  # where the streams share the input's memory
         self._input_version = 0
         self._input_key = 0
@@ -202,7 +202,7 @@ class CouplingFrame(ModuleFrame):
         before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
         LOCAL.sink = (branch.slots, self)
-        update = step.evaluate(source, target, args, kwargs)
+        update = step.evaluate(source, args, kwargs)
         branch.slots.close(self, branch.state.facts)
         branch.state.finish(self.moved)
         LOCAL.sink = None if branch.glue is None else (branch.glue, self)
@@ -305,7 +305,7 @@ class CouplingFrame(ModuleFrame):
             for stream in anchor.streams:
                 if not stream.intact:
                     raise modified(f"a stream of {self.label}", stream.tensor.shape, 0, version_of(stream.tensor))
-            cursor = _Cursor(anchor.position, list(anchor.streams), transient=transient)
+            cursor = _Cursor(anchor.position, self._aliases(anchor.streams), transient=transient)
         else:
             if self.output is not None:
                 fetch(self.output)
@@ -323,8 +323,12 @@ class CouplingFrame(ModuleFrame):
         self.output.check_intact()
         streams = self.output.streams(self.module.dim, self.sizes)
         if streams is None:
-            streams = [self._hold(stream) for stream in self.module.split(self.output.tensor())]
-        return streams
+            return [self._hold(stream) for stream in self.module.split(self.output.tensor())]
+        return self._aliases(streams)
+
+    def _aliases(self, streams: Sequence[Held]) -> list[Held]:
+        """The same memory under tensors of one's own: how many there are tells whether it may be written over."""
+        return [self._hold(stream.tensor.detach()) for stream in streams]
 
     def _finish(self, cursor: _Cursor) -> None:
         """Go on to the input when no slot below is left to ask for it, and hand the input over."""
@@ -342,7 +346,7 @@ class CouplingFrame(ModuleFrame):
     def _deliver(self, cursor: _Cursor) -> None:
         for value in self._waiting():
             if value is not None and not value.held:
-                value.receive(cursor.streams, self.module.dim)
+                value.receive(self._aliases(cursor.streams) if cursor.transient else cursor.streams, self.module.dim)
                 if cursor.transient:
                     self.run.purge_later(value)
                 else:
@@ -359,7 +363,7 @@ class CouplingFrame(ModuleFrame):
         """Reconstruct the input and use nothing up."""
         start = self._cursor or self._anchor
         cursor = (
-            _Cursor(start.position, list(start.streams), transient=True)
+            _Cursor(start.position, self._aliases(start.streams), transient=True)
             if start is not None and start.streams
             else _Cursor(len(self.branches), self._output_streams(), transient=True)
         )
@@ -400,47 +404,52 @@ class CouplingFrame(ModuleFrame):
         """One step back: one evaluation of its branch gives its slots and the stream before it."""
         branch = self.branches[cursor.position - 1]
         step = branch.step
-        source, target = cursor.streams[step.source].tensor, cursor.streams[step.target].tensor
+        source = cursor.streams[step.source].tensor
         self._check_input()
         fill = fill and branch.live and not branch.why_kept
-        previous: Held | None = branch.target or self._from_head(branch)
+        previous = self._from_head(branch) if branch.target is None else self._aliases([branch.target])[0]
+        if previous is not None:
+            cursor.streams[step.target] = previous  # nothing needs the stream after the step
         if fill or previous is None:
             branch.state.check(self.label)
-            update = self._evaluate(branch, source, target, fill=fill, transient=cursor.transient)
+            update = self._evaluate(branch, source, fill=fill, transient=cursor.transient)
             self.verify_replay(branch.output, update, lambda: branch.label(self))
         if previous is None:
-            previous = self._hold(restride(self._under_modes(step.undo, target, update), branch.strides[1]))
-            self._guard(branch, previous.tensor, target)
+            previous = self._hold(restride(self._inverted(branch, cursor.streams[step.target].tensor, update), branch.strides[1]))
         if fill and branch.glue is not None and branch.glue.live:
             self._refill_glue(branch, branch.glue, previous.tensor, update, transient=cursor.transient)
         cursor.streams[step.target] = previous
         if branch.source is not None:
-            cursor.streams[step.source] = branch.source
+            cursor.streams[step.source] = self._aliases([branch.source])[0]
         cursor.position -= 1
-        if not cursor.position:
-            self._head_streams = None
 
     def _from_head(self, branch: _Branch) -> Held | None:
         """The stream before a step that is the first to change it: at the head of a chain it is held."""
         head = self._head.tensor if self._head is not None and branch.first else None
-        if head is None:
-            return None
-        if self._head_streams is None:
-            self._head_streams = self.module.split(head)
-        return self._hold(self._head_streams[branch.step.target])
+        return None if head is None else self._hold(self.module.stream(head, branch.step.target, self.sizes))
 
-    def _under_modes(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
-        if self.modes is None:
-            return law(target, update)  # type: ignore[no-any-return]
-        with self.modes.restored():
-            return law(target, update)  # type: ignore[no-any-return]
+    def _inverted(self, branch: _Branch, target: Tensor, update: Tensor) -> Tensor:
+        """The stream before a step; in the memory of the one after it, where nobody else looks at that any more."""
+        undo = branch.step.undo
+        if self.modes is not None:
+            with self.modes.restored():
+                previous = undo(target, update)
+        elif branch.step.law is ADDITIVE and is_alone(target) and target.shape == update.shape and target.dtype is update.dtype:
+            after = branch.sample.of(target) if branch.sample is not None else None
+            previous = target.sub_(update).data  # a tensor of its own: nothing was changed in it
+            self._guard(branch, previous, after)
+            return previous
+        else:
+            previous = undo(target, update)
+        self._guard(branch, previous, target)
+        return previous
 
-    def _evaluate(self, branch: _Branch, source: Tensor, target: Tensor, *, fill: bool, transient: bool) -> Tensor:
+    def _evaluate(self, branch: _Branch, source: Tensor, *, fill: bool, transient: bool) -> Tensor:
         args, kwargs = self.arguments.again(self.label) if self.arguments is not None else ((), {})
         source = restride(source, branch.strides[0]).detach().requires_grad_(fill and branch.wants_grad[0])
 
         def call() -> Tensor:
-            return branch.step.evaluate(source, target, args, kwargs)
+            return branch.step.evaluate(source, args, kwargs)
 
         if not fill:
             return branch.state.repeat(call, grad=False)
@@ -456,7 +465,7 @@ class CouplingFrame(ModuleFrame):
 
         branch.state.repeat(call, grad=True)
 
-    def _guard(self, branch: _Branch, previous: Tensor, after: Tensor) -> None:
+    def _guard(self, branch: _Branch, previous: Tensor, after: Tensor | None) -> None:
         if branch.sample is None:
             return
         facts, run = self.facts, self.run

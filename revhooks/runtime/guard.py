@@ -71,6 +71,10 @@ class Sample(NamedTuple):
     places: Tensor | None
     values: Tensor
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements of another tensor at the same places; of a small tensor no copy."""
+        return tensor.detach() if self.places is None else tensor.detach().take(self.places)
+
 
 class _Pending(NamedTuple):
     rebuilt: Tensor
@@ -115,7 +119,7 @@ class Guard:
         """Whether ``tensor`` is what was sampled, up to the mild bound."""
         if sample is None:
             return True
-        values = tensor.detach() if sample.places is None else tensor.detach().take(sample.places)
+        values = sample.of(tensor)
         return values.shape == sample.values.shape and relative_error(values, sample.values) <= bounds[0]
 
     def check(
@@ -136,7 +140,7 @@ class Guard:
         """
         if sample is None:
             return
-        values = rebuilt.detach() if sample.places is None else rebuilt.detach().take(sample.places)
+        values = sample.of(rebuilt)
         pending = _Pending(values, sample.values, bounds, label, fallback, source)
         if rebuilt.device.type != "cpu":
             if source is not None:

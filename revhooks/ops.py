@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ModifiedError, ReplayError, explain
 
-__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_view", "operation", "output_size"]
+__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_operation", "is_view", "operation"]
 
 Edge = tuple[Any, int]
 
@@ -35,18 +35,23 @@ class Source:
 
 
 class Operation(NamedTuple):
-    """``compute(*inputs)`` repeats a node; an input is a `Source`, an edge of the graph, or ``None``.
+    """How to repeat a node.
 
-    ``compute_`` does the same in the memory of its first input.
+    Attributes:
+        compute: ``compute(*inputs)`` is its output.
+        inputs: each a `Source`, an edge of the graph, or ``None``.
+        compute_: does the same in the memory of its first input.
+        cost: in passes over the output; some functions take as long as several.
     """
 
     compute: Callable[..., Tensor]
     inputs: Sequence[Source | Edge | None]
     compute_: Callable[..., Tensor] | None = None
+    cost: float = 1.0
 
 
-def operation(node: Node) -> Operation | None:
-    """How to repeat the operation of ``node``; ``None`` if it is not cheap, or the graph does not tell.
+def operation(node: Node, place: int = 0) -> Operation | None:
+    """How to repeat ``node`` for its output at ``place``; ``None`` if it is not cheap, or the graph does not tell.
 
     Example:
         >>> class Handle(Source):
@@ -54,12 +59,24 @@ def operation(node: Node) -> Operation | None:
         ...     def get(self): return self.tensor
         >>> with torch.autograd.graph.saved_tensors_hooks(Handle, Handle.get):
         ...     y = F.gelu(torch.ones(2, requires_grad=True))
-        >>> compute, (source,), _ = operation(y.grad_fn)
+        >>> compute, (source,), *_ = operation(y.grad_fn)
         >>> torch.equal(compute(source.get()), y)
         True
     """
-    make = _OPERATIONS.get(type(node).__name__)
-    return make(node) if make is not None else None
+    name = type(node).__name__
+    if place or name in _PARTS:
+        part = _PARTS.get(name)
+        return None if part is None else part(node, place)
+    make = _OPERATIONS.get(name)
+    found = make(node) if make is not None else None
+    if found is None or name not in _COSTS:
+        return found
+    return found._replace(cost=_COSTS[name])
+
+
+def is_operation(node: Node) -> bool:
+    """Whether `operation` may know how to repeat ``node``."""
+    return type(node).__name__ in _OPERATIONS
 
 
 def is_doubtful(name: str) -> bool:
@@ -69,10 +86,10 @@ def is_doubtful(name: str) -> bool:
 
 def is_view(name: str) -> bool:
     """Whether the output of a node of this name may lie in the memory of its input."""
-    return name in _VIEWS or name == "ToCopyBackward0"
+    return name in _VIEWS or name in _PARTS or name == "ToCopyBackward0"
 
 
-def output_size(node: Node) -> torch.Size:
+def _output_size(node: Node) -> torch.Size:
     """The size of the node's first output."""
     return torch.Size(node._input_metadata[0].shape)
 
@@ -103,7 +120,8 @@ def _from_saved(function: Callable[..., Tensor], *attributes: str) -> Callable[[
     def make(node: Any) -> Operation | None:
         source = _saved(node, "self")
         options = {attribute: getattr(node, f"_saved_{attribute}") for attribute in attributes}
-        return None if source is None else Operation(lambda x: function(x, **options), (source,))
+        cost = 3.0 if options.get("approximate") == "tanh" else 1.0
+        return None if source is None else Operation(lambda x: function(x, **options), (source,), cost=cost)
 
     return make
 
@@ -139,7 +157,7 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
         if any(edge[0] is None for edge in node.next_functions):
             return None  # a number, or a tensor without gradient, of which the graph knows nothing
         alpha = sign * node._saved_alpha
-        size = output_size(node)
+        size = _output_size(node)
 
         def in_place(a: Tensor, b: Tensor) -> Tensor:
             return a.add_(b, alpha=alpha) if a.shape == size and a.dtype is b.dtype else torch.add(a, b, alpha=alpha)
@@ -190,7 +208,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(torch.nan_to_num(a, nan=-1.0), torch.nan_to_num(b, nan=-1.0))
 
 
-def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor, likely: float | None) -> float | None:
+def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> float | None:
     """The eps that gives the deviations; ``None`` if none does, or if deviations of a narrow dtype do not tell."""
     rows = x.reshape(-1, *shape)
     deviations = rstd.reshape(-1)
@@ -199,8 +217,6 @@ def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor, likely: float | Non
         again = torch.native_layer_norm(rows[:count], shape, None, None, eps)[2]
         return _same_bits(again.reshape(-1), deviations[:count])
 
-    if likely is not None and matches(likely):
-        return likely
     eps = next((eps for eps in _EPSILONS if matches(eps)), None)
     if eps is None or not matches(1.01 * eps + 1e-30):
         return eps
@@ -218,9 +234,9 @@ def _layer_norm(node: Any) -> Operation | None:
 
     parameter = getattr(node.next_functions[1][0], "variable", None)
     known = None if parameter is None else _eps_of.get(parameter)
-    first = known
-    if first is None or getattr(source, "held", False):
-        first = _eps_by(source.get(), shape, rstd.get(), known)
+    first = known  # what is recomputed by it is compared
+    if first is None:
+        first = _eps_by(source.get(), shape, rstd.get())
         if first is None:
             return None
         if parameter is not None:
@@ -229,7 +245,7 @@ def _layer_norm(node: Any) -> Operation | None:
     def compute(x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         for eps in (first, *_EPSILONS):
             y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
-            if _same_bits(again, rstd):
+            if torch.equal(again, rstd) or _same_bits(again, rstd):
                 return y
         raise ReplayError(
             explain(
@@ -259,14 +275,31 @@ def _batch_norm(node: Any) -> Operation | None:
         return None
     eps = node._saved_eps
     if node._saved_training:
+        mean, deviation = _saved(node, "result1"), _saved(node, "result2")
+        output = node._input_metadata[0]
+        if output.device.type == "cpu" and output.dtype in _SAME_ON_CPU and mean is not None and deviation is not None:
+            return Operation(_normalise, (source, *affine, mean, deviation))
         # the statistics are those of the batch; the running ones are not touched
-        return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine))
+        return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine), cost=2.0)
     mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
     if mean is None or var is None:
         return None
     return Operation(
         lambda x, w, b, mean, var: torch.batch_norm(x, w, b, mean, var, False, 0.0, eps, True), (source, *affine, mean, var)
     )
+
+
+_SAME_ON_CPU = (torch.float32, torch.float64)
+
+
+def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """A batch norm in training from the statistics that it saved, in one pass over ``x``.
+
+    On a CPU both modes end in the kernel ``x * (rstd * weight) + (bias - mean * (rstd * weight))``; with a variance of 1 it takes
+    the factor as it is given.
+    """
+    scale = rstd if weight is None else rstd * weight
+    return torch.batch_norm(x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
 
 
 def _group_norm(node: Any) -> Operation | None:
@@ -279,7 +312,7 @@ def _group_norm(node: Any) -> Operation | None:
 
 def _resized(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Operation | None]:
     def make(node: Any) -> Operation | None:
-        size = output_size(node)
+        size = _output_size(node)
         return Operation(lambda x: function(x, size), node.next_functions[:1])
 
     return make
@@ -296,7 +329,7 @@ def _cast(node: Any) -> Operation | None:
 def _slice(node: Any) -> Operation | None:
     """Its bounds come as unsigned numbers, or as none; what they mean the output's size confirms."""
     dim, start, end, step = (_signed(getattr(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
-    whole, size = tuple(node._saved_self_sym_sizes), output_size(node)
+    whole, size = tuple(node._saved_self_sym_sizes), _output_size(node)
     bounds = slice(start, end, step)
     if len(range(whole[dim])[bounds]) != size[dim]:
         return None
@@ -304,8 +337,25 @@ def _slice(node: Any) -> Operation | None:
 
 
 def _cat(node: Any) -> Operation | None:
+    """Parts without a gradient are unknown, and left out where the others fill the output: a cache that is empty yet."""
     dim = _signed(node._saved_dim)
-    return Operation(lambda *parts: torch.cat(parts, dim), node.next_functions)
+    edges = [(before, place) for before, place in node.next_functions if before is not None]
+    if sum(before._input_metadata[place].shape[dim] for before, place in edges) != _output_size(node)[dim]:
+        return None
+    return Operation(lambda *parts: torch.cat(parts, dim), edges)
+
+
+def _split(sizes: str) -> Callable[[Any, int], Operation]:
+    def make(node: Any, place: int) -> Operation:
+        size, dim = getattr(node, sizes), _signed(node._saved_dim)
+        return Operation(lambda x: x.split(size, dim)[place], node.next_functions[:1], cost=0.0)
+
+    return make
+
+
+def _unbind(node: Any, place: int) -> Operation:
+    dim = _signed(node._saved_dim)
+    return Operation(lambda x: x.select(dim, place), node.next_functions[:1], cost=0.0)
 
 
 def _signed(number: Any) -> Any:
@@ -322,6 +372,13 @@ def _permute(node: Any) -> Operation | None:
     dims = [_signed(dim) for dim in node._saved_dims]
     return Operation(lambda x: x.permute(dims), node.next_functions[:1])
 
+
+# Views of which a node has many; ``chunk`` is a split.
+_PARTS: dict[str, Callable[[Any, int], Operation]] = {
+    "SplitBackward0": _split("_saved_split_size"),
+    "SplitWithSizesBackward0": _split("_saved_split_sizes"),
+    "UnbindBackward0": _unbind,
+}
 
 _VIEWS: dict[str, Callable[[Any], Operation | None]] = {
     "AliasBackward0": _from_edge(lambda x: x),
@@ -374,4 +431,10 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "SubBackward0": _sum(-1),
     "TanhBackward0": _from_edge(torch.tanh),
     "ToCopyBackward0": _cast,
+}
+
+# Others are as fast as memory is. Measured on a CPU; an accelerator hides them all.
+_COSTS: dict[str, float] = {
+    **dict.fromkeys(_VIEWS, 0.0),
+    **dict.fromkeys(("EluBackward0", "LogSigmoidBackward0", "MishBackward0", "SoftplusBackward0"), 3.0),
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Guard", "Sample", "relative_error", "tolerance"]
 
 SAMPLES = 256
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 # Relative L2 error of a reconstruction: above the first the block falls back, above the second it is gross.
 _TOLERANCE = {
@@ -99,7 +100,7 @@ class Guard:
         self._pending: list[_Pending] = []
 
     def sample(self, tensor: Tensor) -> Sample | None:
-        """A copy of a few hundred elements, spread evenly; ``None`` when the guard is off."""
+        """A copy of a few hundred elements from everywhere; ``None`` when the guard is off."""
         if self.mode == "off" or tensor.dtype not in _TOLERANCE or not tensor.numel() or tensor.is_meta:
             return None
         tensor = tensor.detach()
@@ -111,8 +112,9 @@ class Guard:
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)
         if key not in self._indices:
-            spread = torch.linspace(0, numel - 1, SAMPLES, dtype=torch.float64, device="cpu").round().long()
-            self._indices[key] = spread.to(device)
+            # multiples of the golden section: even, and in step with no row or column
+            places = torch.arange(SAMPLES, dtype=torch.float64, device="cpu").mul_(_GOLDEN).frac_().mul_(numel).long()
+            self._indices[key] = places.sort().values.to(device)
         return self._indices[key]
 
     def matches(self, sample: Sample | None, tensor: Tensor, bounds: tuple[float, float]) -> bool:

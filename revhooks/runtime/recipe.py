@@ -6,13 +6,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ReplayError, explain
-from ..ops import Parameter, is_doubtful, is_view, operation
+from ..ops import Parameter, is_doubtful, is_operation, is_view, operation
 from ..state import PLAIN
 from ..storage import Geometry, fingerprint, restride
 from .guard import Sample
@@ -29,6 +30,7 @@ SMALL = 2048  # bytes; below, bookkeeping costs more than it gives
 MAX_DEPTH = 8  # recomputed from recomputed: each rebuild holds so many tensors for a moment
 MOST_SOURCES = 4  # times its bytes; a recipe holds what it starts from
 MAX_NODES = 6  # of one recipe
+MOST_COST = 4.0  # passes over the tensor: less memory is to cost next to no time
 
 
 class _Step(NamedTuple):
@@ -41,30 +43,15 @@ class _Step(NamedTuple):
     def run(self) -> Tensor:
         return self.compute(*map(_value_of, self.inputs))
 
-    def signature(self, named: list[Any]) -> tuple[Any, ...]:
-        """What it does, and on which parameters, which are added to ``named``."""
+    def signature(self) -> tuple[Any, ...]:
+        """What it does, and on which parameters."""
         parts: list[Any] = [self.name]
         for part in self.inputs:
             if type(part) is _Step:
-                parts.append(part.signature(named))
+                parts.append(part.signature())
             elif isinstance(part, (LeafHandle, Parameter)):
                 parts.append(part.get().untyped_storage()._cdata)
-                named.append(part)
         return tuple(parts)
-
-    def values(self) -> Iterator[Value]:
-        """The saved tensors that it starts from."""
-        for part in self.inputs:
-            if type(part) is _Step:
-                yield from part.values()
-            elif isinstance(part, Value):
-                yield part
-            elif isinstance(part, ViewHandle):
-                yield part.value
-
-    def doubtful(self) -> bool:
-        """Whether the graph leaves open what a step does."""
-        return is_doubtful(self.name) or any(part.doubtful() for part in self.inputs if type(part) is _Step)
 
 
 def _value_of(part: Any) -> Any:
@@ -74,16 +61,31 @@ def _value_of(part: Any) -> Any:
 
 
 class Recipe:
-    """Computes a tensor again, bit by bit: the operations are run as they were, on what they were run on."""
+    """Computes a tensor again, bit by bit: the operations are run as they were, on what they were run on.
 
-    __slots__ = ("_print", "_run", "_step", "depth", "what")
+    A change behind autograd's back is not in the graph. So some elements are compared; or the bits of all, where a tensor on
+    the way may have been changed that nobody saved, whose version is not known.
+    """
 
-    def __init__(self, run: Run, step: _Step, print_: Tensor | None, depth: int, what: str) -> None:
+    __slots__ = ("_evidence", "_names", "_place", "_run", "_site", "_step", "depth")
+
+    def __init__(self, run: Run, step: _Step, base: Tensor, found: _Search, site: object, place: str) -> None:
         self._run = run
         self._step = step
-        self._print = print_  # of all of it: what was edited behind autograd's back is not in the graph
-        self.depth = depth
-        self.what = what
+        self._site = site
+        self._names = found.names
+        self._place = place
+        self._evidence: Sample | Tensor | None
+        if run.guard.mode == "off" or base.is_meta:
+            self._evidence = None
+        else:
+            self._evidence = run.guard.sample(base) if found.shows(base) else fingerprint(base)
+        self.depth = found.depth + 1
+
+    @property
+    def what(self) -> str:
+        """How errors and warnings call it."""
+        return f"{self._place}, recomputed by {' after '.join(name.removesuffix('Backward0') for name in self._names)}"
 
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides.
@@ -91,26 +93,46 @@ class Recipe:
         Raises:
             ReplayError: it is not what it was: something was edited behind autograd's back.
         """
-        result = _plainly(self._step)
+        result = _plainly(self._step).detach()
         if result.shape != geometry.size:
-            raise ReplayError(
-                explain(
-                    self.what,
-                    expected=f"shape {tuple(geometry.size)} when recomputed",
-                    got=f"{tuple(result.shape)}",
-                    remedy="use reversible(ops=False)",
-                )
-            )
-        result = restride(result.detach(), geometry.stride)
-        if self._print is not None:
-            differs = (fingerprint(result) != self._print).float().reshape(1)
-            same, run = Sample(None, torch.zeros_like(differs)), self._run
-            run.guard.check(same, differs, (0.0, 0.0), lambda: self.what, None, run.at_end)
+            raise self._differs(f"shape {tuple(geometry.size)}", f"{tuple(result.shape)}")
+        if result.stride() != geometry.stride:
+            result = restride(result, geometry.stride)
+        evidence = self._evidence
+        if isinstance(evidence, Sample):
+            self._compare(evidence.of(result), evidence.values)
+        elif evidence is not None:
+            self._compare(fingerprint(result), evidence)
         return result
+
+    def _compare(self, now: Tensor, before: Tensor) -> None:
+        if now.device.type == "cpu":
+            if not torch.equal(now, before) and not bool(_equal_bits(now, before).all()):
+                raise self._differs("the values that it had", "others")
+            return
+        differs = 1.0 - _equal_bits(now, before).all().float().reshape(1)
+        same, run = Sample(None, torch.zeros_like(differs)), self._run
+        run.guard.check(same, differs, (0.0, 0.0), lambda: self.what, None, run.at_end)
+
+    def _differs(self, expected: str, got: str) -> ReplayError:
+        _trials[self._site] = -1
+        return ReplayError(
+            explain(
+                self.what,
+                expected=f"{expected} when recomputed",
+                got=f"{got}: something was changed in place that autograd does not know of",
+                remedy="take the step again (it is held from now on), or use reversible(ops=False)",
+            )
+        )
 
     def holds(self) -> Iterator[Tensor]:
         """Nothing: its sources are held by themselves."""
         return iter(())
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal, or neither is a number."""
+    return (a == b) | ((a != a) & (b != b))
 
 
 def _plainly(step: _Step) -> Tensor:
@@ -133,105 +155,129 @@ def note_output(tensor: Tensor, value: Value) -> None:
         node.metadata[_KEY] = weakref.ref(value)  # type: ignore[index]
 
 
-def recipe_of(run: Run, base: Tensor, what: str) -> Recipe | None:
+def recipe_of(run: Run, base: Tensor, place: str) -> Recipe | None:
     """A recipe for a tensor that covers its storage; ``None`` if it is not made cheaply from what is held anyway."""
     node = base.grad_fn
-    if node is None or base.output_nr:
+    if node is None or base.output_nr or not is_operation(node):
         return None
-    found = _Search(run, base.untyped_storage()._cdata)
+    found = _Search(run, base)
     step = found.step(node)
-    if step is None or found.depth >= MAX_DEPTH:
+    if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes:
         return None
-    if not _is_known(run, step, base):
+    site = (step.signature(), base._version, base.dtype, base.dim(), _caller())
+    if not base.is_meta and not _is_known(run, site, step, base, found):
         return None
-    if sum(value.nbytes for value in step.values()) > MOST_SOURCES * base.nbytes:
-        return None
-    print_ = None if base.is_meta or run.guard.mode == "off" else fingerprint(base)
-    return Recipe(run, step, print_, found.depth + 1, f"{what}, recomputed by {' after '.join(found.names)}")
+    return Recipe(run, step, base, found, site, place)
 
 
 class _Search:
-    """Goes back through the graph until everything is held."""
+    """Goes back through the graph until everything is held.
 
-    def __init__(self, run: Run, storage: int) -> None:
+    Attributes:
+        names: of the nodes, the last one first.
+        depth: how deep its sources are recomputed themselves.
+        source_bytes: what it starts from.
+    """
+
+    __slots__ = ("_cost", "_run", "_storage", "depth", "names", "source_bytes")
+
+    def __init__(self, run: Run, base: Tensor) -> None:
         self._run = run
-        self._storage = storage  # what lies there is what is to be let go of
+        self._storage = base.untyped_storage()._cdata  # what lies there is what is to be let go of
+        self._cost = 0.0
         self.names: list[str] = []
         self.depth = 0
+        self.source_bytes = 0
 
-    def step(self, node: Any) -> _Step | None:
+    def shows(self, base: Tensor) -> bool:
+        """Whether versions show every change: steps in the same memory count in its own; what lies between others is unseen."""
+        return base._version == sum(not is_view(name) for name in self.names) - (not is_view(self.names[0]))
+
+    def step(self, node: Any, place: int = 0) -> _Step | None:
         if len(self.names) >= MAX_NODES:
             return None
-        found = operation(node)
+        found = operation(node, place)
         if found is None:
             return None
-        self.names.append(type(node).__name__.removesuffix("Backward0"))
+        self._cost += found.cost
+        if self._cost > MOST_COST:
+            return None
+        name = type(node).__name__
+        self.names.append(name)
         inputs = []
         for part in found.inputs:
-            resolved = self._edge(part) if isinstance(part, tuple) else self._source(part)
+            resolved = self._edge(part) if type(part) is tuple else self._source(part)
             if resolved is _UNKNOWN:
                 return None
             inputs.append(resolved)
-        first = inputs[0]
-        fresh = type(first) is _Step and not is_view(first.name)
-        compute = found.compute_ if found.compute_ is not None and fresh else found.compute
-        return _Step(compute, tuple(inputs), type(node).__name__)
+        compute = found.compute
+        if found.compute_ is not None:
+            first = inputs[0]
+            if type(first) is _Step and not is_view(first.name):
+                compute = found.compute_
+        return _Step(compute, tuple(inputs), name)
 
     def _source(self, part: Any) -> Any:
-        value = getattr(part, "value", part)  # of a view's handle
-        recipe = getattr(value, "recipe", None)
-        if recipe is not None:
-            self.depth = max(self.depth, recipe.depth)
-        return _UNKNOWN if getattr(value, "key", None) == self._storage else part
+        value = part.value if type(part) is ViewHandle else part
+        if type(value) is Value:
+            if value.key == self._storage:
+                return _UNKNOWN
+            self.source_bytes += value.nbytes
+            if value.recipe is not None:
+                self.depth = max(self.depth, value.recipe.depth)
+        return part
 
     def _edge(self, edge: tuple[Any, int]) -> Any:
         node, place = edge
-        if node is None or place:
+        if node is None:
             return _UNKNOWN
-        reference = node.metadata.get(_KEY)
+        reference = None if place else node.metadata.get(_KEY)
         value = reference() if reference is not None else None
         if value is not None and value.run is self._run and value.pinned:
             return self._source(value)
-        if hasattr(node, "variable"):
-            return _UNKNOWN
-        step = self.step(node)
+        step = self.step(node, place)
         return _UNKNOWN if step is None else step
 
 
 _UNKNOWN = object()
 
-_tried: dict[object, bool] = {}  # by site: whether what the recipe computes is what was there
+_trials: dict[object, int] = {}  # by site: how often the recipe computed what was there; -1: not always
+TRUSTED = 16
 
 
-def _is_known(run: Run, step: _Step, base: Tensor) -> bool:
-    """Whether a recipe computes what is there: tried the first time that its site is met (Rule 10).
+def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search) -> bool:
+    """Whether a recipe computes what is there: tried the first times that its site is met (Rule 10).
 
     The graph does not know of changes under `torch.no_grad`: to the tensor, whose version tells, or to one on the way to it. A
-    site with parameters makes such changes every time or never (edits now and then are left to the guard's sample); where
-    none tells sites apart, it is tried each time.
+    site makes such changes every time or never; where only the line of code tells sites apart, which may serve many, more than
+    one trial is made. Changes now and then are left to the recipe's comparison.
     """
-    if base.is_meta:
+    trials = _trials.get(site, 0)
+    if trials < 0:
+        return False
+    if trials and (trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
-    named: list[Any] = []
-    signature = step.signature(named)
-    site = (signature, base._version, base.dtype, base.dim(), _caller())
-    known = _tried.get(site)
-    simple = not base._version and not any(type(part) is _Step for part in step.inputs)
-    if known is None or step.doubtful() or not (simple or named):
-        known = torch.equal(_plainly(step), base)
-        run.purge()  # what was recomputed for it
-        if len(_tried) > 4096:
-            _tried.clear()
-        _tried[site] = known
+    known = torch.equal(_plainly(step), base)
+    run.purge()  # what was recomputed for it
+    if len(_trials) > 4096:
+        _trials.clear()
+    _trials[site] = trials + 1 if known else -1
     return known
 
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_is_library: dict[CodeType, bool] = {}
 
 
 def _caller() -> object:
     """The line of code outside of torch, and of this package, that saves a tensor now."""
-    frame = sys._getframe(4)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        code = frame.f_code
+        library = _is_library.get(code)
+        if library is None:
+            library = _is_library[code] = code.co_filename.startswith(_LIBRARIES)
+        if not library:
+            break
         frame = frame.f_back
     return frame.f_code, frame.f_lasti

@@ -206,7 +206,10 @@ class Run:
                 value.encode(code)
         elif (recipe := recipe_of(self, base, place)) is not None:
             value.recipe = recipe
-            self.budget.add_value(value)
+            if self.budget.limit:
+                self.budget.add_value(value)
+            else:
+                value.release()
         note_output(base, value)
         return value
 

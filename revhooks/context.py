@@ -41,6 +41,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         keep: blocks to leave as they are: a class, a tuple of classes, or a predicate of a module.
         ops: drop what cheap operations (activations, normalisations, products, casts) make from what is held anyway, and
             recompute it, bit-equal.
+        offload: keep in pinned host memory what must be kept (saved tensors without a recipe, inputs of chains and of replayed
+            blocks); on CUDA, copied on a stream of its own and fetched ahead. On a CPU it changes nothing.
         guard: what a reconstruction that is off does: ``"fallback"`` (mild: the block is kept from the next step on,
             one warning; gross: raise), ``"raise"`` (both raise), ``"off"`` (nothing is checked).
 
@@ -68,6 +70,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         replay: Any = (),
         keep: Any = (),
         ops: bool = True,
+        offload: bool = False,
         guard: str = "fallback",
     ) -> None:
         if guard not in _GUARDS:
@@ -78,6 +81,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         self._keep = predicate(keep, "keep") if keep else None
         self._replay = predicate(replay, "replay") if replay else None
         self._ops = ops
+        self._offload = offload
         self._budget = budget
         parse_bytes(budget)
         if replay:
@@ -87,7 +91,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
         limit = parse_bytes(self._budget)
-        run = Run(guard=self._guard, keep=self._keep, replay=self._replay, ops=self._ops, budget=limit)
+        run = Run(guard=self._guard, keep=self._keep, replay=self._replay, ops=self._ops, budget=limit, offload=self._offload)
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
         self._entered.append((hooks, ACTIVE.run, LOCAL.sink))
@@ -118,7 +122,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     @property
     def _options(self) -> dict[str, Any]:
         replay = self._replay or ()
-        return {"budget": self._budget, "replay": replay, "keep": self._keep or (), "ops": self._ops, "guard": self._guard}
+        kept = {"replay": replay, "keep": self._keep or ()}
+        return {**kept, "budget": self._budget, "ops": self._ops, "offload": self._offload, "guard": self._guard}
 
 
 def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] | None = None, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["SCHEMA_VERSION", "Kept", "ModuleRow", "Report", "Stats", "Step", "WorstError", "human_bytes"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def human_bytes(nbytes: float) -> str:
@@ -90,6 +90,8 @@ class Stats:
         inversions: block calls whose input was reconstructed by inversion.
         replays: block calls that were run forward again from kept tensors.
         second_evaluations: branch evaluations beyond one a branch that a rebuild had to pay.
+        offloaded_bytes: bytes that waited in host memory when the stats were read (``offload=True``).
+        peak_offloaded_bytes: the most that did at once.
         worst_error: largest relative error of a reconstruction, with ``.block``.
         kept: what is held now, largest first.
     """
@@ -101,6 +103,8 @@ class Stats:
     inversions: int = 0
     replays: int = 0
     second_evaluations: int = 0
+    offloaded_bytes: int = 0
+    peak_offloaded_bytes: int = 0
     worst_error: WorstError = field(default_factory=WorstError)
     kept: tuple[Kept, ...] = ()
 

@@ -187,6 +187,8 @@ class Ledger:
         peak_held: the most that was ever held at once.
         packed: bytes that plain autograd would hold now.
         peak_packed: the most that plain autograd would have held at once.
+        offloaded: bytes that wait in host memory now.
+        peak_offloaded: the most that did at once.
 
     Example:
         >>> ledger = Ledger()
@@ -199,13 +201,15 @@ class Ledger:
         (0, 16)
     """
 
-    __slots__ = ("_entries", "held", "packed", "peak_held", "peak_packed")
+    __slots__ = ("_entries", "held", "offloaded", "packed", "peak_held", "peak_offloaded", "peak_packed")
 
     def __init__(self) -> None:
         self.held = 0
         self.peak_held = 0
         self.packed = 0
         self.peak_packed = 0
+        self.offloaded = 0
+        self.peak_offloaded = 0
         self._entries: dict[int, list[int]] = {}  # key -> references, bytes
 
     def hold_tensor(self, tensor: Tensor) -> int:
@@ -241,6 +245,12 @@ class Ledger:
         if self.packed > self.peak_packed:
             self.peak_packed = self.packed
 
+    def move_out(self, nbytes: int) -> None:
+        """So many bytes more wait in host memory."""
+        self.offloaded += nbytes
+        if self.offloaded > self.peak_offloaded:
+            self.peak_offloaded = self.offloaded
+
 
 class Held:
     """A tensor that counts as held for as long as this object lives.
@@ -264,9 +274,14 @@ class Held:
         self._key = ledger.hold_tensor(tensor)
 
     @property
+    def version(self) -> int:
+        """The version that the tensor has now."""
+        return version_of(self.tensor)
+
+    @property
     def intact(self) -> bool:
         """Whether the tensor was not modified in place since it is held."""
-        return version_of(self.tensor) == self._version
+        return self.version == self._version
 
     def __del__(self) -> None:
         self._ledger.drop(self._key)

@@ -154,6 +154,8 @@ def _merged(step: Stats, forward: Stats) -> Stats:
         inversions=step.inversions,
         replays=step.replays,
         second_evaluations=step.second_evaluations,
+        offloaded_bytes=forward.offloaded_bytes,
+        peak_offloaded_bytes=step.peak_offloaded_bytes,
         worst_error=WorstError(float(step.worst_error), step.worst_error.block),
         kept=forward.kept,
     )

@@ -388,8 +388,8 @@ class CouplingFrame(ModuleFrame):
         for cursor in (self._cursor, self._anchor, *(state.cursor for state in self._states)):
             for anchor in cursor.streams if cursor is not None else ():
                 yield ANCHOR, self.label, anchor.tensor
-        if self._head is not None:
-            yield HEAD, self.label, self._head.report()
+        for head in self._head.report() if self._head is not None else ():
+            yield HEAD, self.label, head
         for tensor in self.arguments.tensors() if self.arguments is not None else ():
             yield ARGUMENT, self.label, tensor
         for branch in self.branches:

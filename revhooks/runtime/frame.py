@@ -50,7 +50,7 @@ REMEDIES = {
     DREW: "nothing: the next call foresees it",
     HEAD: "an invertible block before it",
     NEWEST: "nothing: it goes when the next block opens",
-    ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), or an invertible block in its place",
+    ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), an invertible block, or offload=True on CUDA",
 }
 
 
@@ -104,21 +104,24 @@ class _Argument:
     __slots__ = ("held", "requires_grad", "version")
 
     def __init__(self, run: Run, tensor: Tensor) -> None:
-        detached = tensor.detach()  # Rule 2
-        self.held = _Opaque(detached) if is_opaque(tensor) else Held(run.ledger, detached)
+        self.held = _Opaque(tensor.detach()) if is_opaque(tensor) else run.hold(tensor)
         self.requires_grad = tensor.requires_grad
         self.version = version_of(tensor)
 
     def again(self, label: str) -> Tensor:
         """The tensor as a fresh leaf."""
-        tensor = self.held.tensor
-        if version_of(tensor) != self.version:
-            raise modified(f"an argument of {label}", tensor.shape, self.version, version_of(tensor))
+        version, tensor = self.held.version, self.held.tensor
+        if version != self.version:
+            raise modified(f"an argument of {label}", tensor.shape, self.version, version)
         return tensor.detach().requires_grad_(self.requires_grad)
 
 
 class _Opaque(NamedTuple):
     tensor: Tensor
+
+    @property
+    def version(self) -> int:
+        return version_of(self.tensor)
 
 
 class _SavedArgument:
@@ -316,13 +319,14 @@ class Head:
     __slots__ = ("_held",)
 
     def __init__(self, run: Run, tensor: Tensor) -> None:
-        self._held = Held(run.ledger, tensor.detach())
+        self._held = run.hold(tensor)
 
     @property
     def tensor(self) -> Tensor | None:
         """The input; ``None`` if it was modified in place since."""
         return self._held.tensor if self._held.intact else None
 
-    def report(self) -> Tensor:
+    def report(self) -> Iterator[Tensor]:
         """What it holds."""
-        return self._held.tensor
+        if isinstance(self._held, Held):
+            yield self._held.tensor

@@ -289,8 +289,8 @@ class OpaqueFrame(ModuleFrame):
         """Slots, inputs of a chain, and arguments."""
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for given in self.given:
-            if given.head is not None:
-                yield HEAD, self.label, given.head.report()
+            for head in given.head.report() if given.head is not None else ():
+                yield HEAD, self.label, head
         for tensor in self.held.tensors() if self.held is not None else ():
             yield ARGUMENT, self.label, tensor
         for slots in self._all_slots():

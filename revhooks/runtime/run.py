@@ -20,7 +20,7 @@ from ..nn.coupling import Coupling
 from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
-from ..storage import Geometry, Ledger, is_leaf, is_opaque, storage_key
+from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
 from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
@@ -28,6 +28,7 @@ from .frame import ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import LeafHandle, ViewHandle
 from .local import LOCAL
+from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
 from .plan import Predicate
 from .recipe import SMALL, note_output, recipe_of
@@ -53,6 +54,7 @@ class Run:
         replay: Predicate | None = None,
         ops: bool = False,
         budget: float = 0.0,
+        offload: bool = False,
     ) -> None:
         self.guard = Guard(guard)
         self.ledger = Ledger()
@@ -67,6 +69,7 @@ class Run:
         self._keep = keep
         self._replay = replay
         self._ops = ops
+        self._offload = Offload(self.ledger) if offload else None
         self._count = 0
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -192,7 +195,11 @@ class Run:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
         place = self.place() if self.place is not None else "ordinary layers"
         plain = (
-            not self._ops or tensor.nbytes < SMALL or tensor.is_meta or self.budget.limit == math.inf or not _covers(base, tensor)
+            (not self._ops and self._offload is None)
+            or tensor.nbytes < SMALL
+            or tensor.is_meta
+            or self.budget.limit == math.inf
+            or not _covers(base, tensor)
         )
         value = Value(self, tensor if plain else base, ORDINARY, place)
         value.maker = type(tensor.grad_fn)
@@ -200,18 +207,27 @@ class Run:
         value.count_packed(tensor)
         if plain:
             return value
-        if unshared:
-            code = code_of(tensor, place) if base is tensor else None
-            if code is not None:
-                value.encode(code)
-        elif (recipe := recipe_of(self, base, place)) is not None:
-            value.recipe = recipe
+        code = code_of(tensor, place) if unshared and base is tensor else None
+        if code is not None:
+            value.encode(code)
+            return value
+        if self._ops and not unshared:
+            value.recipe = recipe_of(self, base, place)
+        if value.recipe is None and self._offload is not None and self._offload.takes(base):
+            value.recipe = Parked(self._offload)
+        if value.recipe is not None:
             if self.budget.limit:
                 self.budget.add_value(value)
             else:
                 value.release()
         note_output(base, value)
         return value
+
+    def hold(self, tensor: Tensor) -> Held | HeldAway:
+        """Hold what a frame needs in backward."""
+        if self._offload is not None and self._offload.takes(tensor) and not is_leaf(tensor) and not tensor.is_inference():
+            return HeldAway(self._offload, tensor.detach())
+        return Held(self.ledger, tensor.detach())  # Rule 2
 
     @staticmethod
     def unpack(handle: Source) -> Tensor:
@@ -316,6 +332,8 @@ class Run:
             inversions=self.inversions.count,
             replays=self.replays.count,
             second_evaluations=self.second_evaluations,
+            offloaded_bytes=ledger.offloaded,
+            peak_offloaded_bytes=ledger.peak_offloaded,
             worst_error=self.guard.worst,
             kept=tuple(self._kept()),
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
 from ..storage import Geometry, Held, reserve, restride, storage_key, version_probe
+from .offload import Parked
 
 if TYPE_CHECKING:
     from .codes import Code
@@ -89,7 +90,7 @@ class Value(Source):
         self.why = why
         self.what = what
         self.consumer: Frame | None = None
-        self.recipe: Recipe | Code | None = None
+        self.recipe: Recipe | Code | Parked | None = None
         self.grid_bits: int | None = None  # its elements are multiples of 2**-grid_bits
         self.maker: type | None = None  # the kind of node that made it
         self.pinned = False  # a handle needs it
@@ -255,6 +256,8 @@ class Value(Source):
         """Let go of the memory, if a frame or a recipe can give it back."""
         if self.held and (self.recipe is not None or (self.consumer is not None and not self.pinned)):
             self._detach_from_storage()
+            if type(self.recipe) is Parked and self._tensor is not None:
+                self.recipe.leave(self._tensor)
             self._drop_tensor()
             self._pieces = None
 

@@ -1,0 +1,181 @@
+"""``reversible(offload=True)``: what must be kept waits elsewhere, and comes back in time.
+
+A mover for the CPU stands for the one of CUDA, whose own tests need a device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import revhooks
+from revhooks import nn as rnn
+from revhooks.errors import ModifiedError
+from revhooks.runtime import offload
+from tests.conftest import conv_branch, mlp
+
+
+class Elsewhere:
+    """Copies at once, and notes what it is asked for."""
+
+    log: list[tuple[str, int]] = []
+
+    def out(self, tensor: Tensor) -> Tensor:
+        self.log.append(("out", tensor.nbytes))
+        return tensor.clone(memory_format=torch.preserve_format)
+
+    def back(self, host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+        assert host.device == device
+        self.log.append(("back", host.nbytes))
+        return host.clone(memory_format=torch.preserve_format), lambda: self.log.append(("wait", host.nbytes))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    monkeypatch.setitem(offload.MOVERS, "cpu", Elsewhere)
+    monkeypatch.setattr(offload, "LEAST", 0)
+    Elsewhere.log.clear()
+    yield Elsewhere.log
+    Elsewhere.log.clear()
+
+
+class Unmixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.exp() @ x.transpose(-1, -2)).tanh() @ x
+
+
+def nets() -> dict[str, tuple[nn.Module, Tensor, dict[str, Any]]]:
+    dense = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Sigmoid()) for _ in range(5)])
+    encoder = nn.Sequential(*[nn.TransformerEncoderLayer(32, 2, 64, dropout=0.1, batch_first=True) for _ in range(3)])
+    chains = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), *[rnn.AdditiveCoupling(conv_branch(4), conv_branch(4)) for _ in range(4)],
+        nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), rnn.ReversibleSequential(*[conv_branch(4) for _ in range(6)]),
+        nn.Flatten(), nn.Linear(200, 3),
+    )  # fmt: skip
+    return {
+        "ordinary": (dense, torch.randn(64, 32), {}),
+        "without ops": (copy.deepcopy(dense), torch.randn(64, 32), {"ops": False}),
+        "a budget": (copy.deepcopy(dense), torch.randn(64, 32), {"budget": 24 << 10}),
+        "products": (Unmixed(), torch.randn(4, 16, 32), {}),
+        "replayed": (encoder, torch.randn(4, 16, 32), {"replay": nn.TransformerEncoderLayer}),
+        "chains": (chains.double(), torch.randn(4, 3, 12, 12).double(), {}),
+        "couplings after ordinary layers": (
+            nn.Sequential(nn.Linear(8, 16), rnn.AdditiveCoupling(mlp(8), mlp(8)), nn.Linear(16, 4)).double(),
+            torch.randn(32, 8).double(),
+            {},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", nets())
+def test_gradients_are_those_without(name: str, elsewhere: list[tuple[str, int]], no_gc: None) -> None:
+    model, x, options = nets()[name]
+    results = []
+    for away in (False, True):
+        torch.manual_seed(3)
+        net, given = copy.deepcopy(model), x.clone().requires_grad_()
+        elsewhere.clear()
+        with revhooks.reversible(offload=away, **options) as run:
+            loss = net(given).square().sum()
+            held = run.stats.held_bytes
+            moved = run.stats.offloaded_bytes
+            loss.backward()
+        assert bool(elsewhere) == away
+        assert run.stats.held_bytes == run.stats.offloaded_bytes == 0
+        results.append((held, moved, [given.grad, *(p.grad for p in net.parameters())], [b.clone() for b in net.buffers()]))
+    (held, none, grads, buffers), (less, moved, again, others) = results
+    assert none == 0 < moved
+    assert less < held
+    for a, b in zip([*grads, *buffers], [*again, *others], strict=True):
+        assert a is not None
+        assert torch.equal(a, b) if x.dtype is torch.float32 else torch.allclose(a, b, rtol=1e-10)
+
+
+def test_nothing_is_moved_on_a_cpu() -> None:
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 64)), torch.randn(2048, 64)
+    with revhooks.reversible(offload=True) as run:
+        loss = net(x).square().sum()
+        assert run.stats.offloaded_bytes == 0 < run.stats.held_bytes
+        loss.backward()
+
+
+def test_the_latest_come_back_first_and_ahead(elsewhere: list[tuple[str, int]]) -> None:
+    sizes = [16, 32, 48, 64, 80]
+    x = [torch.randn(n, 64, requires_grad=True) for n in sizes]
+    with revhooks.reversible(offload=True, ops=False):
+        total: Any = 0.0
+        for one in x:
+            total = total + (one * 2).exp().sum()  # saves its result
+        assert elsewhere == [("out", n * 256) for n in sizes]
+        elsewhere.clear()
+        total.backward()
+    asked = [nbytes for kind, nbytes in elsewhere if kind == "wait"]
+    assert asked == [n * 256 for n in reversed(sizes)]
+    started = [nbytes for kind, nbytes in elsewhere if kind == "back"]
+    assert started == asked  # each once
+    first = elsewhere.index(("wait", 80 * 256))
+    second = elsewhere.index(("wait", 64 * 256))
+    assert [nbytes for kind, nbytes in elsewhere[first:second] if kind == "back"] == [64 * 256, 48 * 256]
+
+
+def test_passes_and_lifetime(elsewhere: list[tuple[str, int]], no_gc: None) -> None:
+    net, x = nn.Sequential(nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Tanh()), torch.randn(8, 16)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    with revhooks.reversible(offload=True) as run:
+        loss = net(x).square().sum()
+        moved = run.stats.offloaded_bytes
+        for retain in (True, True, False):
+            grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=retain)
+            assert all(map(torch.equal, grads, expected))
+            assert run.stats.offloaded_bytes == (moved if retain else 0)
+        loss = net(x).square().sum()
+        assert run.stats.offloaded_bytes == moved
+        del loss  # its backward never runs
+        assert run.stats.offloaded_bytes == run.stats.held_bytes == 0
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(net(leaf).square().sum(), leaf, create_graph=True)
+        grad.square().sum().backward()
+    plain = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(net(plain).square().sum(), plain, create_graph=True)
+    grad.square().sum().backward()
+    assert torch.equal(leaf.grad, plain.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_change_in_place_raises(replayed: bool, elsewhere: list[tuple[str, int]]) -> None:
+    layer = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    x = torch.randn(8, 16, requires_grad=True)
+    with revhooks.reversible(offload=True, replay=nn.Sequential if replayed else ()):
+        h = x * 2
+        y = layer(h)
+        h.add_(1)
+        with pytest.raises(ModifiedError):
+            y.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_device() -> None:
+    """Pinned memory, a stream of its own: bitwise the same gradients, and less device memory."""
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(1024, 1024), nn.Sigmoid()) for _ in range(8)]).cuda()
+    x = torch.randn(4096, 1024, device="cuda")
+    grads, peaks = [], []
+    for away in (False, True):
+        for _ in range(3):
+            net.zero_grad(set_to_none=False)
+            torch.cuda.reset_peak_memory_stats()
+            with revhooks.reversible(offload=away) as run:
+                loss = net(x).square().mean()
+                moved = run.stats.offloaded_bytes
+                loss.backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+        grads.append([p.grad.clone() for p in net.parameters()])  # type: ignore[union-attr]
+        assert (moved > 0) == away
+    assert all(map(torch.equal, *grads))
+    assert peaks[1] < 0.7 * peaks[0]

@@ -59,8 +59,10 @@ def test_replay_peaks_no_higher_than_checkpointing() -> None:
     work = gpt(4, **SMALL)
     plain, replay = Contender(work), Contender(work, partial(reversible, replay=GPTBlock))
     checkpoint = peer(work, lambda model: model.blocks, "checkpoint")
-    peaks = [accounted(contender)[1] for contender in (plain, checkpoint, replay)]
+    without_ops = Contender(work, partial(reversible, replay=GPTBlock, ops=False))
+    peaks = [accounted(contender)[1] for contender in (plain, checkpoint, without_ops, replay)]
     assert peaks[2] <= 1.01 * peaks[1] < 0.7 * peaks[0]
+    assert peaks[3] < 0.97 * peaks[1]  # inside a replayed block too, what cheap operations make is made again
     assert rebuilds(plain) is rebuilds(checkpoint) is None
     assert rebuilds(replay) in (3, 4)  # the newest may still be there
     assert difference(plain.gradients(), replay.gradients()) == difference(plain.gradients(), checkpoint.gradients()) == 0

@@ -51,6 +51,11 @@ class SlotHandle(Source):
     def __del__(self) -> None:
         self._slots.kill(self._index)
 
+    def within(self, slots: Slots) -> Source | None:
+        """What these slots hold there, if it is one of theirs."""
+        entry = slots.tensors[self._index] if self._slots is slots else None
+        return entry if entry is None or isinstance(entry, Source) else LeafHandle(entry)
+
     def get(self) -> Tensor:
         """The tensor in the slot; rebuilt when it is not there."""
         frame, slots = self._frame, self._slots

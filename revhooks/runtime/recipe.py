@@ -17,10 +17,11 @@ from ..ops import Parameter, is_doubtful, is_operation, is_view, operation
 from ..state import PLAIN
 from ..storage import Geometry, fingerprint, restride
 from .guard import Sample
-from .handle import LeafHandle, ViewHandle
+from .handle import LeafHandle, SlotHandle, ViewHandle
 from .value import Value
 
 if TYPE_CHECKING:
+    from .lean import LeanSlots
     from .run import Run
 
 __all__ = ["Recipe", "note_output", "recipe_of"]
@@ -155,12 +156,19 @@ def note_output(tensor: Tensor, value: Value) -> None:
         node.metadata[_KEY] = weakref.ref(value)  # type: ignore[index]
 
 
-def recipe_of(run: Run, base: Tensor, place: str) -> Recipe | None:
-    """A recipe for a tensor that covers its storage; ``None`` if it is not made cheaply from what is held anyway."""
+def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = None) -> Recipe | None:
+    """A recipe for a tensor that covers its storage; ``None`` if it is not made cheaply from what is held anyway.
+
+    Args:
+        run: whose values are held.
+        base: the tensor.
+        place: where it is saved, for messages.
+        inside: the slots that it is for, whose own values are held for as long as they are.
+    """
     node = base.grad_fn
     if node is None or base.output_nr or not is_operation(node):
         return None
-    found = _Search(run, base)
+    found = _Search(run, base, inside)
     step = found.step(node)
     if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes:
         return None
@@ -179,10 +187,11 @@ class _Search:
         source_bytes: what it starts from.
     """
 
-    __slots__ = ("_cost", "_run", "_storage", "depth", "names", "source_bytes")
+    __slots__ = ("_cost", "_inside", "_run", "_storage", "depth", "names", "source_bytes")
 
-    def __init__(self, run: Run, base: Tensor) -> None:
+    def __init__(self, run: Run, base: Tensor, inside: LeanSlots | None = None) -> None:
         self._run = run
+        self._inside = inside
         self._storage = base.untyped_storage()._cdata  # what lies there is what is to be let go of
         self._cost = 0.0
         self.names: list[str] = []
@@ -218,6 +227,11 @@ class _Search:
         return _Step(compute, tuple(inputs), name)
 
     def _source(self, part: Any) -> Any:
+        if type(part) is SlotHandle:
+            # a slot of another frame may come back by an inversion, which is not exact
+            part = part.within(self._inside) if self._inside is not None else None
+            if part is None:
+                return _UNKNOWN
         value = part.value if type(part) is ViewHandle else part
         if type(value) is Value:
             if value.key == self._storage:
@@ -227,13 +241,17 @@ class _Search:
                 self.depth = max(self.depth, value.recipe.depth)
         return part
 
+    def _is_near(self, value: Value) -> bool:
+        """Whether it is not in slots of its own, other than those that the recipe is for."""
+        return value.values is self._run.values or (self._inside is not None and value.values is self._inside.values)
+
     def _edge(self, edge: tuple[Any, int]) -> Any:
         node, place = edge
         if node is None:
             return _UNKNOWN
         reference = None if place else node.metadata.get(_KEY)
         value = reference() if reference is not None else None
-        if value is not None and value.run is self._run and value.pinned:
+        if value is not None and value.run is self._run and value.pinned and self._is_near(value):
             return self._source(value)
         step = self.step(node, place)
         return _UNKNOWN if step is None else step

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
+from ..ops import Source
 from ..storage import version_of
 from .branch import CallState
 from .frame import ARGUMENT, NEWEST, Arguments, Frame
 from .guard import Sample
+from .lean import LeanSlots
 from .local import LOCAL, saving_to
 from .plan import Facts, facts_of
 from .slots import Slots
@@ -128,7 +130,7 @@ class ReplayFrame(Frame):
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region
-        self.slots = Slots(self, 0)
+        self.slots = LeanSlots(self, 0) if run.recomputes else Slots(self, 0)
         self.held = Arguments(run, (), {})
         self._watched: int | None = None  # the slot by which a replay is known
         self._sample: Sample | None = None  # of it
@@ -189,7 +191,7 @@ class ReplayFrame(Frame):
 
     @property
     def _slot_watched(self) -> Tensor | None:
-        return self.slots.tensors[self._watched] if self._watched is not None else None
+        return self.slots.peek(self._watched) if self._watched is not None else None
 
     def supply(self) -> None:
         """Nothing before it depends on it."""
@@ -222,9 +224,9 @@ def _outer_save() -> Callable[[Tensor], Any] | None:
         return lambda tensor: slots.save(tensor, frame).get
     filling = LOCAL.filling
     if filling is not None:
-        return lambda tensor: functools.partial(_itself, filling[1](tensor))
+        return lambda tensor: _giver(filling[1](tensor))
     return None
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _giver(saved: Tensor | Source) -> Callable[[], Tensor]:
+    return saved.get if isinstance(saved, Source) else lambda: saved

@@ -27,6 +27,7 @@ from .coupling import CouplingFrame
 from .frame import ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import LeafHandle, ViewHandle
+from .lean import LeanSlots
 from .local import LOCAL
 from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
@@ -35,7 +36,7 @@ from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
 from .tree import tensors_of
-from .value import Value
+from .value import Value, Values
 
 __all__ = ["Run"]
 
@@ -61,7 +62,7 @@ class Run:
         self.budget = Budget(self.ledger, budget)
         self.rng = RngTracker()
         self.marks: object = None  # where the generators were when a frame last looked
-        self.values: dict[int, weakref.ref[Value]] = {}
+        self.values: Values = {}
         self.inversions = _Counter()
         self.replays = _Counter()
         self.second_evaluations = 0
@@ -190,6 +191,32 @@ class Run:
         value.count_packed(tensor)
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
+
+    def pack_inside(self, tensor: Tensor, slots: LeanSlots, why: str, what: str) -> Source:
+        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes."""
+        if is_opaque(tensor) or is_leaf(tensor):
+            return LeafHandle(tensor)
+        reference = slots.values.get(tensor.untyped_storage()._cdata)
+        value = reference() if reference is not None else None
+        if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
+            base = tensor if tensor._base is None else tensor._base
+            whole = tensor.nbytes >= SMALL and _covers(base, tensor)
+            value = Value(self, base if whole else tensor, why, what, slots.values)
+            value.maker = type(tensor.grad_fn)
+            value.pinned = True
+            value.nbytes = tensor.untyped_storage().nbytes()
+            if whole:
+                value.recipe = recipe_of(self, base, what, slots)
+                if value.recipe is not None:
+                    value.release()
+                note_output(base, value)
+        geometry = Geometry.of(tensor)
+        return value if geometry == value.geometry else ViewHandle(value, geometry)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether what cheap operations make is recomputed."""
+        return self._ops
 
     def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""

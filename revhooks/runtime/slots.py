@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
 
-__all__ = ["Slots"]
+__all__ = ["ALONE", "DEAD", "EnoughError", "Slots"]
 
 _T = TypeVar("_T")
 _Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 _Expected = tuple[_Looks, bool] | int  # what a slot looks like and whether it lies in the frame's input; of a passed one its key
 
-_ALONE, _DEAD = -1, -2  # in place of looks: a tensor that is left alone, one that nobody can ask for any more
+ALONE, DEAD = -1, -2  # in place of looks: a tensor that is left alone, one that nobody can ask for any more
 
 
 class Slots:
@@ -64,7 +64,7 @@ class Slots:
         self._packed = 0  # bytes that plain autograd would hold
         self.live = 0  # handles of slots that are not passed
         self.position = position
-        self.tensors: list[Tensor | None] = []
+        self.tensors: list[Any] = []  # tensors, or what gives them
         self.transient = False  # filled for one pass of a graph that is retained
 
     # -- forward
@@ -84,7 +84,7 @@ class Slots:
         nbytes = 0
         for index, tensor in enumerate(self.tensors):
             storage = tensor.untyped_storage() if tensor is not None and not is_opaque(tensor) else None
-            key = storage._cdata if storage is not None else _DEAD if tensor is None else _ALONE
+            key = storage._cdata if storage is not None else DEAD if tensor is None else ALONE
             is_input = key in inputs
             if storage is None or tensor is None or (not is_input and (leaves[index] or key in external)):
                 looks.append(key)
@@ -115,7 +115,7 @@ class Slots:
         Raises:
             ModifiedError: it was modified in place since it was saved (Rule 8).
         """
-        tensor = self.tensors[index]
+        tensor: Tensor | None = self.tensors[index]
         if tensor is None:
             raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
         if tensor._version != self._versions[index]:
@@ -143,6 +143,11 @@ class Slots:
     def latest(self) -> int | None:
         """The place of what was saved last, of what a replay can bring back."""
         return next((i for i in reversed(range(len(self._keys))) if self._alive[i] and self.tensors[i] is not None), None)
+
+    def peek(self, index: int) -> Tensor | None:
+        """What is in a slot, if anything."""
+        tensor: Tensor | None = self.tensors[index]
+        return tensor
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
@@ -196,55 +201,69 @@ class Slots:
             detached = tensor.detach()
             saved.append(detached)
             if len(saved) == last:
-                raise _EnoughError
+                raise EnoughError
             return detached
 
-        with contextlib.suppress(_EnoughError):
+        with contextlib.suppress(EnoughError):
             self._record(call, pack)
         self.transient = transient
         self._accept(saved)
 
-    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Tensor]) -> _T:
+    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Any]) -> _T:
         frame = self._frame()
         outer, LOCAL.filling = LOCAL.filling, (frame.run, pack) if frame is not None else None
-        push_hooks(pack, _identity)
+        push_hooks(pack, self._unpacked)
         try:
             return call()
         finally:
             pop_hooks()
             LOCAL.filling = outer
 
+    @staticmethod
+    def _unpacked(packed: Any) -> Tensor:
+        """What a replay saved, for a backward inside of it."""
+        return packed  # type: ignore[no-any-return]
+
     def _accept(self, saved: list[Tensor]) -> None:
-        if len(saved) != len(self._looks):
-            index = min(len(saved), len(self._looks))
-            raise self._mismatch(index, f"{len(self._looks)} saved tensors", f"{len(saved)}", _REPEATABLE)
-        tensors, versions, keys = self.tensors, self._versions, self._keys
+        self._check_count(len(saved))
+        tensors, keys = self.tensors, self._keys
         ledger = self._ledger
-        for index, (tensor, looks) in enumerate(zip(saved, self._looks, strict=True)):
-            if isinstance(looks, int):
-                self._check_passed(tensor, looks, index)
-                continue
-            expected, is_input = looks
-            if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != expected:
-                raise self._looks_different(expected, tensor, index)
-            version = tensor._version
-            if is_input:  # whose version differs at replay
-                versions[index] = version
-            elif version != versions[index] and self._alive[index]:
-                raise self._modified(index, tensor)
-            if self._alive[index]:
+        for index, tensor in enumerate(saved):
+            if self._verify(index, tensor) and self._alive[index]:
                 if tensors[index] is not None:
                     ledger.drop(keys[index])
                 storage = tensor.untyped_storage()
                 keys[index] = ledger.hold(storage._cdata, storage)
                 tensors[index] = tensor
+        saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
+
+    def _check_count(self, count: int) -> None:
+        if count != len(self._looks):
+            index = min(count, len(self._looks))
+            raise self._mismatch(index, f"{len(self._looks)} saved tensors", f"{count}", _REPEATABLE)
+
+    def _verify(self, index: int, tensor: Tensor) -> bool:
+        """Raise unless a replay has saved what forward did; whether it is a slot that is let go of."""
+        looks = self._looks[index]
+        if isinstance(looks, int):
+            self._check_passed(tensor, looks, index)
+            return False
+        expected, is_input = looks
+        if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != expected:
+            raise self._looks_different(expected, tensor, index)
+        version = tensor._version
+        if is_input:  # whose version differs at replay
+            self._versions[index] = version
+        elif version != self._versions[index] and self._alive[index]:
+            raise self._modified(index, tensor)
+        return True
 
     def _check_passed(self, tensor: Tensor, key: int, index: int) -> None:
-        if key == _DEAD:
+        if key == DEAD:
             return
-        if is_opaque(tensor) != (key == _ALONE):
+        if is_opaque(tensor) != (key == ALONE):
             raise self._mismatch(index, "the same kind of tensor", type(tensor).__name__, _REPEATABLE)
-        if key != _ALONE and key != tensor.untyped_storage()._cdata:
+        if key != ALONE and key != tensor.untyped_storage()._cdata:
             frame = self._frame()
             if frame is not None and key in frame.moved:
                 return
@@ -275,7 +294,7 @@ class Slots:
         return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
 
 
-class _EnoughError(BaseException):
+class EnoughError(BaseException):
     """Ends a replay; code under replay must not catch it as an error of its own."""
 
 
@@ -284,7 +303,3 @@ _REPEATABLE = "make the branch do the same in every call with the same input, or
 
 def _plain(value: object) -> str:
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor

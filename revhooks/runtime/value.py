@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .run import Run
 
-__all__ = ["Value", "fetch", "freed", "modified"]
+__all__ = ["Value", "Values", "fetch", "freed", "modified"]
 
 
 def freed(what: str) -> BackwardError:
@@ -45,6 +45,9 @@ def modified(what: str, shape: Sequence[int], version: int, now: int) -> Modifie
             remedy="use the out-of-place operation, or change it before forward or after backward",
         )
     )
+
+
+Values = dict[int, "weakref.ref[Value]"]  # by storage key
 
 
 class Value(Source):
@@ -73,15 +76,17 @@ class Value(Source):
         "grid_bits",
         "key",
         "maker",
+        "nbytes",
         "pinned",
         "recipe",
         "run",
+        "values",
         "version",
         "what",
         "why",
     )
 
-    def __init__(self, run: Run, tensor: Tensor, why: str, what: str) -> None:
+    def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
         detached = tensor.detach()  # Rule 2
         self.run = run
         self.key = key = storage_key(tensor)
@@ -103,16 +108,18 @@ class Value(Source):
         self._probe: Tensor | None = None
         self._reserved: object = None
         self._tensor_key = run.ledger.hold_tensor(detached)
-        run.values[key] = weakref.ref(self)
+        self.nbytes = 0  # of the memory that it stands for
+        self.values = run.values if values is None else values  # where it can be found
+        self.values[key] = weakref.ref(self)
 
     def __del__(self) -> None:
         run = self.run
         if self._tensor is not None:
             run.ledger.drop(self._tensor_key)
         run.ledger.packed -= self._packed
-        found = run.values.get(self.key)
+        found = self.values.get(self.key)
         if found is not None and found() in (None, self):  # a finalizer runs before weak references die
-            del run.values[self.key]
+            del self.values[self.key]
 
     @property
     def op(self) -> str:
@@ -120,11 +127,6 @@ class Value(Source):
         if self.maker is None:
             return ""
         return "none with a gradient" if self.maker is type(None) else self.maker.__name__.removesuffix("Backward0")
-
-    @property
-    def nbytes(self) -> int:
-        """Of the memory that it stands for."""
-        return self._packed
 
     @property
     def geometry(self) -> Geometry:
@@ -171,7 +173,7 @@ class Value(Source):
             BackwardError: it is not held.
         """
         if self._tensor is None and self.recipe is not None:
-            self.receive_tensor(self.recipe.tensor(self.geometry))
+            self.receive_tensor(_at_version(self.recipe.tensor(self.geometry), self.version))
             self.run.purge_later(self)
         if self._tensor is None:
             if self._pieces is None:
@@ -199,7 +201,7 @@ class Value(Source):
         """Plain autograd would hold its storage; the bytes that this adds."""
         if self._packed:
             return 0
-        self._packed = tensor.untyped_storage().nbytes()
+        self._packed = self.nbytes = tensor.untyped_storage().nbytes()
         self.run.ledger.pack(self._packed)
         return self._packed
 
@@ -272,6 +274,14 @@ class Value(Source):
         if self._tensor is not None:
             self.run.ledger.drop(self._tensor_key)
             self._tensor = None
+
+
+def _at_version(tensor: Tensor, version: int) -> Tensor:
+    """The tensor with a version counter of its own that says what the original's did: a replay that is given it compares."""
+    tensor = tensor.data
+    if version:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+    return tensor
 
 
 def fetch(value: Value) -> None:

@@ -1,0 +1,177 @@
+"""Slots of a call that is run again, in which what cheap operations made is recomputed too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from ..ops import Source
+from ..storage import is_leaf, is_opaque
+from .handle import SlotHandle, ViewHandle
+from .slots import ALONE, DEAD, EnoughError, Slots
+
+if TYPE_CHECKING:
+    from .frame import Frame
+    from .plan import Facts
+    from .value import Values
+
+__all__ = ["LeanSlots"]
+
+_T = TypeVar("_T")
+
+
+class LeanSlots(Slots):
+    """`Slots` that hold Values: of a tensor that has a recipe only what it starts from is there.
+
+    The Values are found by these slots alone: what is saved elsewhere neither starts from them nor keeps them.
+    """
+
+    __slots__ = ("_seen", "values")
+
+    def __init__(self, frame: Frame, position: int) -> None:
+        super().__init__(frame, position)
+        self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
+        self.values: Values = {}
+
+    # -- forward
+
+    def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
+        """Pack a tensor that was saved during forward."""
+        self._leaves.append(is_leaf(tensor))
+        self._versions.append(tensor._version)
+        if is_opaque(tensor):
+            self._seen.append((None, ALONE, 0))
+        else:
+            storage = tensor.untyped_storage()
+            looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+            self._seen.append((looks, storage._cdata, storage.nbytes()))
+        self.tensors.append(frame.run.pack_inside(tensor, self, "newest block: kept until the next one opens", frame.label))
+        return SlotHandle(frame, self, len(self.tensors) - 1)
+
+    def close(self, frame: Frame, facts: Facts) -> None:
+        """After the code has run: tell what is passed, and what a replay has to save again."""
+        expected: list[Any] = []
+        for index, (looks, key, nbytes) in enumerate(self._seen):
+            is_input = key in frame.input_keys
+            dead = self.tensors[index] is None
+            passed = dead or key == ALONE or (not is_input and (self._leaves[index] or key in frame.external))
+            expected.append((DEAD if dead else key) if passed else (looks, is_input))
+            self._keys.append(0)
+            self._alive.append(not passed)
+            if not passed:
+                self.live += 1
+                frame.saves_input |= is_input
+                if key not in frame.packed:
+                    frame.packed.add(key)
+                    self._packed += nbytes
+        self._seen = []
+        self._looks = expected
+        self._ledger.pack(self._packed)
+
+    # -- handles
+
+    def read(self, index: int) -> Tensor:
+        """The tensor in a slot that is filled.
+
+        Raises:
+            ModifiedError: it was modified in place since it was saved (Rule 8).
+        """
+        entry = self.tensors[index]
+        if not isinstance(entry, Source):
+            return super().read(index)
+        tensor = entry.get()
+        if self.transient and self._alive[index]:
+            self.tensors[index] = None
+        return tensor
+
+    def kill(self, index: int) -> None:
+        """The handle of a slot has died."""
+        self.tensors[index] = None
+        if index < len(self._alive) and self._alive[index]:
+            self._alive[index] = 0
+            self.live -= 1
+            if not self.live:
+                self._ledger.packed -= self._packed
+                self._packed = 0
+
+    def latest(self) -> int | None:
+        """The place of what was saved last, of what is held itself."""
+        places = reversed(range(len(self._alive)))
+        return next((i for i in places if self._alive[i] and self._is_there(self.tensors[i])), None)
+
+    @staticmethod
+    def _is_there(entry: Any) -> bool:
+        value = getattr(entry, "value", entry)
+        return value is not None and getattr(value, "recipe", None) is None
+
+    def peek(self, index: int) -> Tensor | None:
+        """What is in a slot, if anything."""
+        entry = self.tensors[index]
+        return entry.get() if isinstance(entry, Source) else entry
+
+    def held(self) -> list[Tensor]:
+        """What it holds and could let go of."""
+        values = [reference() for reference in self.values.values()]
+        return [tensor for value in values if value is not None for _, _, tensor in value.report()]
+
+    def release(self) -> None:
+        """Let go of every tensor that a replay can bring back."""
+        for index, looks in enumerate(self._looks):
+            if not isinstance(looks, int):
+                self.tensors[index] = None
+
+    def _damaged(self) -> int | None:
+        for index, entry in enumerate(self.tensors):
+            value = entry.value if type(entry) is ViewHandle else entry
+            if index < len(self._alive) and self._alive[index] and value is not None and value.current_version != value.version:
+                return index
+        return None
+
+    # -- replay
+
+    def fill(self, call: Callable[[], _T], *, transient: bool) -> _T:
+        """Run a replay whose saved tensors fill the slots.
+
+        Raises:
+            ReplayError: the replay saves other tensors than forward did.
+            ModifiedError: it reads something that was modified since.
+        """
+        entries: list[Any] = []
+        result = self._record(call, self._packer(entries))
+        self._take(entries, transient=transient)
+        return result
+
+    def fill_and_stop(self, call: Callable[[], object], *, transient: bool) -> None:
+        """The same; the replay ends as soon as the last slot is there."""
+        entries: list[Any] = []
+        with contextlib.suppress(EnoughError):
+            self._record(call, self._packer(entries, stop=len(self._looks)))
+        self._take(entries, transient=transient)
+
+    def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
+        def pack(tensor: Tensor) -> Any:
+            index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
+            if index < len(self._looks):
+                self._verify(index, tensor)
+            entry = tensor.detach() if frame is None else frame.run.pack_inside(tensor, self, "rebuilt for backward", frame.label)
+            entries.append(entry)
+            if len(entries) == stop:
+                raise EnoughError
+            return entry
+
+        return pack
+
+    def _take(self, entries: list[Any], *, transient: bool) -> None:
+        self.transient = transient
+        self._check_count(len(entries))
+        for index, entry in enumerate(entries):
+            if self._alive[index]:
+                self.tensors[index] = entry
+        entries.clear()
+
+    @staticmethod
+    def _unpacked(packed: Any) -> Tensor:
+        return packed.get() if isinstance(packed, Source) else packed

@@ -54,7 +54,7 @@ class _Branch:
         self.index = index
         self.step: Step = step
         self.first = step.target not in frame.changed  # whether what it changes is an input, as it came
-        self.slots = Slots(frame, index)
+        self.slots = frame.run.slots(frame, index)
         self.glue = Slots(frame, index) if step.law.saves else None
         self.state = CallState(frame, (step.branch,), facts_of(step.branch))
         self.wants_grad = (source.requires_grad, target.requires_grad)

@@ -48,7 +48,7 @@ class LeanSlots(Slots):
             storage = tensor.untyped_storage()
             looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
             self._seen.append((looks, storage._cdata, storage.nbytes()))
-        self.tensors.append(frame.run.pack_inside(tensor, self, "newest block: kept until the next one opens", frame.label))
+        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label, again=False))
         return SlotHandle(frame, self, len(self.tensors) - 1)
 
     def close(self, frame: Frame, facts: Facts) -> None:
@@ -156,7 +156,9 @@ class LeanSlots(Slots):
             index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
             if index < len(self._looks):
                 self._verify(index, tensor)
-            entry = tensor.detach() if frame is None else frame.run.pack_inside(tensor, self, "rebuilt for backward", frame.label)
+            entry: Any = tensor.detach()
+            if frame is not None:
+                entry = frame.run.pack_inside(tensor, self, frame.label, again=True)
             entries.append(entry)
             if len(entries) == stop:
                 raise EnoughError

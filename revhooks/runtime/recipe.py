@@ -183,11 +183,12 @@ class _Search:
 
     Attributes:
         names: of the nodes, the last one first.
+        named: whether it starts from parameters too, which tell sites apart.
         depth: how deep its sources are recomputed themselves.
         source_bytes: what it starts from.
     """
 
-    __slots__ = ("_cost", "_inside", "_run", "_storage", "depth", "names", "source_bytes")
+    __slots__ = ("_cost", "_inside", "_run", "_storage", "depth", "named", "names", "source_bytes")
 
     def __init__(self, run: Run, base: Tensor, inside: LeanSlots | None = None) -> None:
         self._run = run
@@ -195,6 +196,7 @@ class _Search:
         self._storage = base.untyped_storage()._cdata  # what lies there is what is to be let go of
         self._cost = 0.0
         self.names: list[str] = []
+        self.named = False
         self.depth = 0
         self.source_bytes = 0
 
@@ -239,6 +241,8 @@ class _Search:
             self.source_bytes += value.nbytes
             if value.recipe is not None:
                 self.depth = max(self.depth, value.recipe.depth)
+        elif isinstance(part, (LeafHandle, Parameter)):
+            self.named = True
         return part
 
     def _is_near(self, value: Value) -> bool:
@@ -267,13 +271,13 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
     """Whether a recipe computes what is there: tried the first times that its site is met (Rule 10).
 
     The graph does not know of changes under `torch.no_grad`: to the tensor, whose version tells, or to one on the way to it. A
-    site makes such changes every time or never; where only the line of code tells sites apart, which may serve many, more than
-    one trial is made. Changes now and then are left to the recipe's comparison.
+    site makes such changes every time or never; where no parameter and no version but only the line of code tells sites apart,
+    which may serve many, more than one trial is made. Changes now and then are left to the recipe's comparison.
     """
     trials = _trials.get(site, 0)
     if trials < 0:
         return False
-    if trials and (trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
+    if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
     known = torch.equal(_plainly(step), base)
     run.purge()  # what was recomputed for it

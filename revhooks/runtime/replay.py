@@ -18,7 +18,6 @@ from ..storage import version_of
 from .branch import CallState
 from .frame import ARGUMENT, NEWEST, Arguments, Frame
 from .guard import Sample
-from .lean import LeanSlots
 from .local import LOCAL, saving_to
 from .plan import Facts, facts_of
 from .slots import Slots
@@ -130,7 +129,7 @@ class ReplayFrame(Frame):
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region
-        self.slots = LeanSlots(self, 0) if run.recomputes else Slots(self, 0)
+        self.slots = run.slots(self, 0, replayed=True)
         self.held = Arguments(run, (), {})
         self._watched: int | None = None  # the slot by which a replay is known
         self._sample: Sample | None = None  # of it

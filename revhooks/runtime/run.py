@@ -24,7 +24,7 @@ from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
 from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
-from .frame import ORDINARY, REMEDIES, Frame
+from .frame import NEWEST, ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import LeafHandle, ViewHandle
 from .lean import LeanSlots
@@ -192,8 +192,11 @@ class Run:
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def pack_inside(self, tensor: Tensor, slots: LeanSlots, why: str, what: str) -> Source:
-        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes."""
+    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str, *, again: bool) -> Source:
+        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes.
+
+        What is rebuilt is soon used up: under a budget, which leaves room for it, it is not let go of once more.
+        """
         if is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
         reference = slots.values.get(tensor.untyped_storage()._cdata)
@@ -201,22 +204,29 @@ class Run:
         if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
             base = tensor if tensor._base is None else tensor._base
             whole = tensor.nbytes >= SMALL and _covers(base, tensor)
-            value = Value(self, base if whole else tensor, why, what, slots.values)
+            value = Value(self, base if whole else tensor, NEWEST, what, slots.values)
             value.maker = type(tensor.grad_fn)
             value.pinned = True
             value.nbytes = tensor.untyped_storage().nbytes()
-            if whole:
+            if whole and not (again and self.budget.limit):
                 value.recipe = recipe_of(self, base, what, slots)
-                if value.recipe is not None:
-                    value.release()
+                self._let_go(value)
                 note_output(base, value)
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    @property
-    def recomputes(self) -> bool:
-        """Whether what cheap operations make is recomputed."""
-        return self._ops
+    def _let_go(self, value: Value) -> None:
+        """Of a Value that can come back: now, or when the budget needs the room."""
+        if value.recipe is not None:
+            if self.budget.limit:
+                self.budget.add_value(value)
+            else:
+                value.release()
+
+    def slots(self, frame: Frame, position: int, *, replayed: bool = False) -> Slots:
+        """Slots for a stretch of a frame; where it may stay for long, or is run again, they hold what recipes start from only."""
+        lean = self._ops and (replayed or self.budget.limit > 0)
+        return LeanSlots(frame, position) if lean else Slots(frame, position)
 
     def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
@@ -242,11 +252,7 @@ class Run:
             value.recipe = recipe_of(self, base, place)
         if value.recipe is None and self._offload is not None and self._offload.takes(base):
             value.recipe = Parked(self._offload)
-        if value.recipe is not None:
-            if self.budget.limit:
-                self.budget.add_value(value)
-            else:
-                value.release()
+        self._let_go(value)
         note_output(base, value)
         return value
 

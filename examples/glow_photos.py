@@ -67,7 +67,7 @@ def target() -> Target:
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=80, picture="glow_photos.png").parse_args()
+    options = arguments(__doc__, steps=120, picture="glow_photos.png").parse_args()
     model, inputs, loss_of = target()
     crops, _ = photo_crops(SIZE, 2048)
     order = torch.Generator().manual_seed(0)

@@ -196,3 +196,27 @@ def test_bytes() -> None:
             revhooks.reversible(budget=bad)
     with pytest.raises(RegistrationError, match="replay="):
         revhooks.reversible(replay=3)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.relu_())
+
+
+def test_a_replayed_block_that_changes_the_output_of_a_coupling() -> None:
+    """The coupling stays until it is known what the block does to its input; then it is kept."""
+    branches = [nn.Linear(8, 8) for _ in range(4)]
+    net = nn.Sequential(*[rnn.AdditiveCoupling(*branches[i : i + 2]) for i in (0, 2)], InPlace(), InPlace()).double()
+    x = torch.randn(4, 16, dtype=torch.float64)
+    net(x).square().sum().backward()
+    expected = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    for _ in range(3):
+        net.zero_grad()
+        with revhooks.reversible(replay=InPlace) as run:
+            net(x).square().sum().backward()
+        assert all(torch.allclose(p.grad, e, rtol=1e-10) for p, e in zip(net.parameters(), expected, strict=True))  # type: ignore[arg-type]
+        assert run.stats.held_bytes == 0

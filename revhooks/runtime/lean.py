@@ -48,7 +48,7 @@ class LeanSlots(Slots):
             storage = tensor.untyped_storage()
             looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
             self._seen.append((looks, storage._cdata, storage.nbytes()))
-        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label, again=False))
+        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label, lean=True))
         return SlotHandle(frame, self, len(self.tensors) - 1)
 
     def close(self, frame: Frame, facts: Facts) -> None:
@@ -152,13 +152,19 @@ class LeanSlots(Slots):
         self._take(entries, transient=transient)
 
     def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
+        first = self._frame()
+        # what is rebuilt is soon used up: it is let go of once more only where it would raise the peak
+        room = max(first.run.budget.limit, self._ledger.peak_held) if first is not None else 0
+        lean = self._ledger.held + self._packed > room
+        del first
+
         def pack(tensor: Tensor) -> Any:
             index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
             if index < len(self._looks):
                 self._verify(index, tensor)
             entry: Any = tensor.detach()
             if frame is not None:
-                entry = frame.run.pack_inside(tensor, self, frame.label, again=True)
+                entry = frame.run.pack_inside(tensor, self, frame.label, lean=lean)
             entries.append(entry)
             if len(entries) == stop:
                 raise EnoughError

@@ -153,7 +153,8 @@ class ReplayFrame(Frame):
         self.end([self.state])
         if not self.state.foreseen:
             self.keep("it changed a parameter or buffer that it had not changed before")
-        if [version_of(tensor) for tensor in tensors] != versions:
+        self.facts.writes_input = [version_of(tensor) for tensor in tensors] != versions
+        if self.facts.writes_input:
             self.keep("it changes its input in place")
         if not self.why_kept:
             self.held = held

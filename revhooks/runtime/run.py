@@ -123,10 +123,14 @@ class Run:
         )
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.budget.make_room_for_block()
         self._frames.add(frame)
+        late = isinstance(frame, ReplayFrame) and frame.facts.writes_input
+        if not late:
+            self.budget.make_room_for_block()
         before = self.ledger.held
         result = frame.call(original, args, kwargs)
+        if late:  # it may have changed the output of the block before it, which is then kept
+            self.budget.make_room_for_block()
         self.budget.add_frame(frame, self.ledger.held - before)
         return result
 
@@ -135,12 +139,15 @@ class Run:
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return region.call(*args, **kwargs)
         with self._packing():
-            if LOCAL.sink is None and LOCAL.filling is None:
+            late, inside = region.facts.writes_input, LOCAL.sink is not None or LOCAL.filling is not None
+            if not inside and not late:
                 self.budget.make_room_for_block()
             self._count += 1
             frame = ReplayFrame(self, region)
             self._frames.add(frame)
             result = frame.call(region.call, args, kwargs)
+            if not inside and late:
+                self.budget.make_room_for_block()
             frame.release()
             return result
 
@@ -192,11 +199,8 @@ class Run:
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str, *, again: bool) -> Source:
-        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes.
-
-        What is rebuilt is soon used up: under a budget, which leaves room for it, it is not let go of once more.
-        """
+    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str, *, lean: bool) -> Source:
+        """A tensor saved in a frame that recomputes what cheap operations make, if ``lean``; the frame counts its bytes."""
         if is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
         reference = slots.values.get(tensor.untyped_storage()._cdata)
@@ -208,7 +212,7 @@ class Run:
             value.maker = type(tensor.grad_fn)
             value.pinned = True
             value.nbytes = tensor.untyped_storage().nbytes()
-            if whole and not (again and self.budget.limit):
+            if whole and lean:
                 value.recipe = recipe_of(self, base, what, slots)
                 self._let_go(value)
                 note_output(base, value)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import ModifiedError, ReplayError, explain
 
-__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_operation", "is_view", "operation"]
+__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_operation", "is_view", "operation", "saves_result"]
 
 Edge = tuple[Any, int]
 
@@ -82,6 +82,11 @@ def is_operation(node: Node) -> bool:
 def is_doubtful(name: str) -> bool:
     """Whether the graph does not tell all about nodes of this name, so that each of them has to be tried."""
     return name == "ConstantPadNdBackward0"
+
+
+def saves_result(name: str) -> bool:
+    """Whether a node of this name saves its output, so that a later change of that is an error."""
+    return name in _SAVE_RESULT
 
 
 def is_view(name: str) -> bool:
@@ -338,9 +343,11 @@ def _slice(node: Any) -> Operation | None:
 
 def _cat(node: Any) -> Operation | None:
     """Parts without a gradient are unknown, and left out where the others fill the output: a cache that is empty yet."""
-    dim = _signed(node._saved_dim)
+    dim, size = _signed(node._saved_dim), _output_size(node)
     edges = [(before, place) for before, place in node.next_functions if before is not None]
-    if sum(before._input_metadata[place].shape[dim] for before, place in edges) != _output_size(node)[dim]:
+    shapes = [before._input_metadata[place].shape for before, place in edges]
+    # an empty vector fits anything, whatever its shape
+    if sum(shape[dim] for shape in shapes if len(shape) == len(size)) != size[dim]:
         return None
     return Operation(lambda *parts: torch.cat(parts, dim), edges)
 
@@ -432,6 +439,8 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "TanhBackward0": _from_edge(torch.tanh),
     "ToCopyBackward0": _cast,
 }
+
+_SAVE_RESULT = {f"{name}Backward0" for name in ("Exp", "Relu", "Rsqrt", "Sigmoid", "Sqrt", "Tanh")}
 
 # Others are as fast as memory is. Measured on a CPU; an accelerator hides them all.
 _COSTS: dict[str, float] = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
 __all__ = ["PLAIN", "Buffers", "Modes", "untouched"]
@@ -126,7 +127,8 @@ class Buffers:
                 if module._buffers:
                     self._note_buffers(module, keys, owned=owned)
         self._collect()
-        self._copies = [tensor.detach().clone() for tensor in self._read] if closely else ()
+        # a lazy parameter is made by the call
+        self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
@@ -135,7 +137,7 @@ class Buffers:
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
-        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None]
+        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and not is_lazy(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
         if _overwrites_unread(module):
@@ -315,5 +317,5 @@ def _overwrite(buffer: Tensor, value: Tensor) -> None:
     buffer.data.copy_(value)  # ``.data`` has a version counter of its own
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))

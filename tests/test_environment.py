@@ -22,6 +22,54 @@ from revhooks.errors import InversionError, ModifiedError, ReplayError
 from tests.conftest import mlp
 from tests.test_semantics import KINDS, X, _registered, backward, kinds, loss, same_as_plain, small  # noqa: F401
 
+# -- parameters that the first call makes
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Dropout(0.3), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lazy_modules(training: bool) -> None:
+    """They are made in a block's first call, with random numbers, and without them in its replay."""
+
+    def couplings() -> nn.Module:
+        return nn.Sequential(*(rnn.AdditiveCoupling(Lazy(), Lazy()) for _ in range(3)))
+
+    def chain() -> nn.Module:
+        return rnn.ReversibleSequential(*(Lazy() for _ in range(4)))
+
+    def stack() -> nn.Module:
+        return nn.Sequential(*(Lazy() for _ in range(3)))
+
+    def checkpointed(net: nn.Module, x: Tensor) -> Tensor:
+        return revhooks.checkpoint(net, x)
+
+    for make, width, options, run in (
+        (couplings, 8, {}, None),
+        (chain, 8, {}, None),
+        (stack, 4, {"replay": Lazy}, None),
+        (stack, 4, {}, checkpointed),
+    ):
+        seen = []
+        for reverse in (False, True):
+            torch.manual_seed(0)
+            net = make().double().train(training)
+            x = torch.randn(6, width, dtype=torch.float64, requires_grad=True)
+            grads = []
+            for _ in range(3):
+                with revhooks.reversible(**options) if reverse else torch.enable_grad():
+                    y = run(net, x) if run is not None and reverse else net(x)
+                    grads += torch.autograd.grad(y.square().sum(), [x, *net.parameters()])
+            seen.append([*grads, *net.buffers(), torch.get_rng_state()])
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*seen, strict=True))
+
+
 # -- copies
 
 

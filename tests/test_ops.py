@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -241,6 +242,39 @@ def test_changes_under_no_grad_are_seen() -> None:
             assert grads[0] is None or all(map(torch.equal, *grads))
 
 
+@pytest.mark.parametrize("edited", [F.gelu, lambda t: F.gelu(t) * 2.0, lambda t: (F.gelu(t) * 2.0).relu()])
+def test_changes_that_are_rare_are_seen(edited: Net) -> None:
+    """`torch.cosine_similarity` clamps norms under `torch.no_grad`: without effect as long as no row is zero."""
+    net = nn.Linear(32, 4)
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def clamped(least: float) -> Tensor:
+        h = edited(x * 1.5)
+        with torch.no_grad():
+            h.clamp_(min=least)
+        return torch.autograd.grad(net(h).sum(), net.weight)[0]
+
+    rare = float(edited(x * 1.5).detach().amin()) + 1e-3  # at one element of 2048
+    for least in (-100.0, rare) * 3:
+        outcomes: list[Tensor | None] = []
+        for context in (contextlib.nullcontext(), revhooks.reversible()):
+            with context:
+                try:
+                    outcomes.append(clamped(least))
+                except RuntimeError:  # ReLU's own result was changed: both must say so
+                    outcomes.append(None)
+        expected, got = outcomes
+        assert (expected is None) == (got is None)
+        assert expected is None or torch.equal(expected, got)
+    for last in (1.0, 1.0, 0.0):
+        rows = torch.ones(8, 1).index_fill(0, torch.tensor(7), last)
+        grads = []
+        for context in (contextlib.nullcontext(), revhooks.reversible()):
+            with context:
+                grads.append(torch.autograd.grad(F.cosine_similarity(x[:8] * rows, x[8:16]).sum(), x)[0])
+        assert torch.equal(*grads)
+
+
 def test_edits_that_autograd_does_not_see_are_caught() -> None:
     """One that is there the first time makes the tensor be kept; one that comes later raises, and the next step is right."""
     net, norm = nn.Linear(32, 4), nn.BatchNorm1d(32)
@@ -304,6 +338,7 @@ def test_what_the_attacks_have_found() -> None:
         lambda t: F.layer_norm(t, (32,), eps=1e-5) + F.layer_norm(t, (32,), eps=3e-5),
     ):
         compare(Apply(fn), torch.randn(64, 32))
+    compare(Apply(lambda t: torch.cat([t[:0, 0], F.gelu(t)], 1).sigmoid()), torch.randn(64, 32))  # an empty vector fits anything
     data = (torch.rand(256, 64) > 0.5).float()
     net = nn.Linear(64, 4)
     for rows in data.split(32):
@@ -366,6 +401,13 @@ def test_a_cache_that_is_empty_yet_and_parts_of_a_projection() -> None:
     compare(Attention(), torch.randn(4, 16, 32), less=0.1)
     compare(Apply(lambda t: torch.cat([torch.ones(64, 32), F.gelu(t)], 0)[32:96]), torch.randn(64, 32))
     compare(Apply(lambda t: torch.stack([part.sin() * part for part in F.silu(t).unbind(1)], 1)), torch.randn(64, 32))
+
+
+def test_a_view_that_was_given_other_memory() -> None:
+    """As torch's lazy parameters are."""
+    scale = torch.ones(64)[:32]
+    scale.data = torch.full((32,), 3.0)
+    compare(Apply(lambda t: F.gelu(t) * scale), torch.randn(64, 32))
 
 
 def test_a_recipe_does_not_hold_what_is_much_larger() -> None:

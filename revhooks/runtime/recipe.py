@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReplayError, explain
-from ..ops import Parameter, is_doubtful, is_operation, is_view, operation
+from ..ops import Parameter, is_doubtful, is_operation, is_view, operation, saves_result
 from ..state import PLAIN
 from ..storage import Geometry, fingerprint, restride
 from .guard import Sample
@@ -170,7 +170,7 @@ def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = Non
         return None
     found = _Search(run, base, inside)
     step = found.step(node)
-    if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes:
+    if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes or not found.explains(base):
         return None
     site = (step.signature(), base._version, base.dtype, base.dim(), _caller())
     if not base.is_meta and not _is_known(run, site, step, base, found):
@@ -200,9 +200,23 @@ class _Search:
         self.depth = 0
         self.source_bytes = 0
 
+    @property
+    def _steps(self) -> list[str]:
+        return [name for name in self.names if not is_view(name)]
+
+    def explains(self, base: Tensor) -> bool:
+        """Whether its version may come from steps in its own memory; else it was changed where the graph does not tell."""
+        return base._version < max(len(self._steps), 1)
+
     def shows(self, base: Tensor) -> bool:
-        """Whether versions show every change: steps in the same memory count in its own; what lies between others is unseen."""
-        return base._version == sum(not is_view(name) for name in self.names) - (not is_view(self.names[0]))
+        """Whether versions show every change: steps in the same memory count in its own; what lies between others is unseen.
+
+        A change that the graph does not tell of counts like such a step; after one that saved its result it is an error anyway.
+        """
+        *later, _ = self._steps or [""]
+        if later or (self._steps and is_view(self.names[0])):
+            return 0 < len(later) == base._version and all(map(saves_result, later))
+        return not base._version
 
     def step(self, node: Any, place: int = 0) -> _Step | None:
         if len(self.names) >= MAX_NODES:
@@ -279,12 +293,19 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
         return False
     if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
-    known = torch.equal(_plainly(step), base)
+    known = _computes(step, base)
     run.purge()  # what was recomputed for it
     if len(_trials) > 4096:
         _trials.clear()
     _trials[site] = trials + 1 if known else -1
     return known
+
+
+def _computes(step: _Step, base: Tensor) -> bool:
+    try:
+        return torch.equal(_plainly(step), base)
+    except RuntimeError:  # of half-precision complex numbers few operations are implemented; a source has been changed
+        return False
 
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))

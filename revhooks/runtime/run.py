@@ -396,7 +396,7 @@ def _covers(base: Tensor, tensor: Tensor) -> bool:
         not base.is_meta
         and base.nbytes == base.untyped_storage().nbytes()
         and base.dtype is tensor.dtype
-        and (base is tensor or not is_opaque(base))
+        and (base is tensor or (not is_opaque(base) and storage_key(base) == storage_key(tensor)))  # ``.data`` may be another's
         and (base.is_contiguous() or Geometry.of(base).dense)
     )
 

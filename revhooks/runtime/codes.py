@@ -33,6 +33,9 @@ class Code:
         self.depth = 0
         self.what = what
 
+    def leave(self, tensor: Tensor) -> None:
+        """The Value lets go of its tensor."""
+
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides."""
         return restride(self._decode(self._encoded).view(geometry.size), geometry.stride)

@@ -54,9 +54,10 @@ class _Branch:
         self.index = index
         self.step: Step = step
         self.first = step.target not in frame.changed  # whether what it changes is an input, as it came
-        self.slots = frame.run.slots(frame, index)
+        facts = facts_of(step.branch)
+        self.slots = frame.run.slots(frame, index, facts)
         self.glue = Slots(frame, index) if step.law.saves else None
-        self.state = CallState(frame, (step.branch,), facts_of(step.branch))
+        self.state = CallState(frame, (step.branch,), facts)
         self.wants_grad = (source.requires_grad, target.requires_grad)
         self.strides = (source.stride(), target.stride())
         self.why_kept = ""

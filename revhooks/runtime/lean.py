@@ -26,13 +26,18 @@ _T = TypeVar("_T")
 class LeanSlots(Slots):
     """`Slots` that hold Values: of a tensor that has a recipe only what it starts from is there.
 
-    The Values are found by these slots alone: what is saved elsewhere neither starts from them nor keeps them.
+    The Values are found by these slots alone: what is saved elsewhere neither starts from them nor keeps them. To look for
+    recipes takes time, so where the latest call's slots were let go of before backward came, forward holds what it saves as
+    it is, and only what is rebuilt is looked at.
     """
 
-    __slots__ = ("_seen", "values")
+    __slots__ = ("_facts", "_plain", "_seen", "_stays", "values")
 
-    def __init__(self, frame: Frame, position: int) -> None:
+    def __init__(self, frame: Frame, position: int, facts: Facts) -> None:
         super().__init__(frame, position)
+        self._facts = facts
+        self._stays = True  # was never let go of
+        self._plain = not facts.stays  # holds tensors as they are
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
         self.values: Values = {}
 
@@ -40,6 +45,8 @@ class LeanSlots(Slots):
 
     def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
         """Pack a tensor that was saved during forward."""
+        if self._plain:
+            return super().save(tensor, frame)
         self._leaves.append(is_leaf(tensor))
         self._versions.append(tensor._version)
         if is_opaque(tensor):
@@ -48,11 +55,14 @@ class LeanSlots(Slots):
             storage = tensor.untyped_storage()
             looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
             self._seen.append((looks, storage._cdata, storage.nbytes()))
-        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label, lean=True))
+        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label))
         return SlotHandle(frame, self, len(self.tensors) - 1)
 
     def close(self, frame: Frame, facts: Facts) -> None:
         """After the code has run: tell what is passed, and what a replay has to save again."""
+        if self._plain:
+            super().close(frame, facts)
+            return
         expected: list[Any] = []
         for index, (looks, key, nbytes) in enumerate(self._seen):
             is_input = key in frame.input_keys
@@ -80,6 +90,7 @@ class LeanSlots(Slots):
             ModifiedError: it was modified in place since it was saved (Rule 8).
         """
         entry = self.tensors[index]
+        self._facts.stays |= self._stays
         if not isinstance(entry, Source):
             return super().read(index)
         tensor = entry.get()
@@ -89,6 +100,9 @@ class LeanSlots(Slots):
 
     def kill(self, index: int) -> None:
         """The handle of a slot has died."""
+        if self._plain:
+            super().kill(index)
+            return
         self.tensors[index] = None
         if index < len(self._alive) and self._alive[index]:
             self._alive[index] = 0
@@ -99,6 +113,8 @@ class LeanSlots(Slots):
 
     def latest(self) -> int | None:
         """The place of what was saved last, of what is held itself."""
+        if self._plain:
+            return super().latest()
         places = reversed(range(len(self._alive)))
         return next((i for i in places if self._alive[i] and self._is_there(self.tensors[i])), None)
 
@@ -114,16 +130,25 @@ class LeanSlots(Slots):
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
+        if self._plain:
+            return super().held()
         values = [reference() for reference in self.values.values()]
         return [tensor for value in values if value is not None for _, _, tensor in value.report()]
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
+        if self._stays:
+            self._stays = self._facts.stays = False
+        if self._plain:
+            super().release()
+            return
         for index, looks in enumerate(self._looks):
             if not isinstance(looks, int):
                 self.tensors[index] = None
 
     def _damaged(self) -> int | None:
+        if self._plain:
+            return super()._damaged()
         for index, entry in enumerate(self.tensors):
             value = entry.value if type(entry) is ViewHandle else entry
             if index < len(self._alive) and self._alive[index] and value is not None and value.current_version != value.version:
@@ -139,6 +164,8 @@ class LeanSlots(Slots):
             ReplayError: the replay saves other tensors than forward did.
             ModifiedError: it reads something that was modified since.
         """
+        if not self._prepare():
+            return super().fill(call, transient=transient)
         entries: list[Any] = []
         result = self._record(call, self._packer(entries))
         self._take(entries, transient=transient)
@@ -146,25 +173,31 @@ class LeanSlots(Slots):
 
     def fill_and_stop(self, call: Callable[[], object], *, transient: bool) -> None:
         """The same; the replay ends as soon as the last slot is there."""
+        if not self._prepare():
+            super().fill_and_stop(call, transient=transient)
+            return
         entries: list[Any] = []
         with contextlib.suppress(EnoughError):
             self._record(call, self._packer(entries, stop=len(self._looks)))
         self._take(entries, transient=transient)
 
-    def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
-        first = self._frame()
-        # what is rebuilt is soon used up: it is let go of once more only where it would raise the peak
-        room = max(first.run.budget.limit, self._ledger.peak_held) if first is not None else 0
-        lean = self._ledger.held + self._packed > room
-        del first
+    def _prepare(self) -> bool:
+        """Empty the slots; whether to fill them with Values: what is rebuilt is soon used up, and may raise the peak."""
+        frame, ledger = self._frame(), self._ledger
+        self.release()
+        self._plain = frame is None or ledger.held + self._packed <= max(frame.run.budget.limit, ledger.peak_held)
+        if not self._plain:
+            self._keys = [0] * len(self._keys)
+        return not self._plain
 
+    def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
         def pack(tensor: Tensor) -> Any:
             index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
             if index < len(self._looks):
                 self._verify(index, tensor)
             entry: Any = tensor.detach()
             if frame is not None:
-                entry = frame.run.pack_inside(tensor, self, frame.label, lean=lean)
+                entry = frame.run.pack_inside(tensor, self, frame.label)
             entries.append(entry)
             if len(entries) == stop:
                 raise EnoughError

@@ -56,7 +56,7 @@ class Facts:
     The worst is assumed of what was never seen. ``many``: the code runs many modules, each of which may draw.
     """
 
-    __slots__ = ("_draws", "_inversions", "_many", "kept", "looks", "writes_input", "writes_parameters")
+    __slots__ = ("_draws", "_inversions", "_many", "kept", "looks", "stays", "writes_input", "writes_parameters")
 
     def __init__(self, *, many: bool = False) -> None:
         self._many = many
@@ -64,6 +64,7 @@ class Facts:
         self._inversions: dict[object, Inversion] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.looks: list[object] = []  # of what the latest call saved
+        self.stays = True  # what it saves, until backward comes
         self.writes_input = True  # in place
         self.writes_parameters = True  # past their version counters
 

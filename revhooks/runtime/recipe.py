@@ -68,25 +68,27 @@ class Recipe:
     the way may have been changed that nobody saved, whose version is not known.
     """
 
-    __slots__ = ("_evidence", "_names", "_place", "_run", "_site", "_step", "depth")
+    __slots__ = ("_evidence", "_names", "_place", "_run", "_shown", "_site", "_step", "depth")
 
-    def __init__(self, run: Run, step: _Step, base: Tensor, found: _Search, site: object, place: str) -> None:
+    def __init__(self, run: Run, step: _Step, found: _Search, site: object, place: str, *, shown: bool) -> None:
         self._run = run
         self._step = step
         self._site = site
         self._names = found.names
         self._place = place
-        self._evidence: Sample | Tensor | None
-        if run.guard.mode == "off" or base.is_meta:
-            self._evidence = None
-        else:
-            self._evidence = run.guard.sample(base) if found.shows(base) else fingerprint(base)
+        self._shown = shown  # versions show every change
+        self._evidence: Sample | Tensor | None = None
         self.depth = found.depth + 1
 
     @property
     def what(self) -> str:
         """How errors and warnings call it."""
         return f"{self._place}, recomputed by {' after '.join(name.removesuffix('Backward0') for name in self._names)}"
+
+    def leave(self, tensor: Tensor) -> None:
+        """The Value lets go of its tensor."""
+        if self._evidence is None and self._run.guard.mode != "off" and not tensor.is_meta:
+            self._evidence = self._run.guard.sample(tensor) if self._shown else fingerprint(tensor)
 
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides.
@@ -175,7 +177,7 @@ def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = Non
     site = (step.signature(), base._version, base.dtype, base.dim(), _caller())
     if not base.is_meta and not _is_known(run, site, step, base, found):
         return None
-    return Recipe(run, step, base, found, site, place)
+    return Recipe(run, step, found, site, place, shown=found.shows(base))
 
 
 class _Search:

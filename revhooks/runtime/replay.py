@@ -129,7 +129,7 @@ class ReplayFrame(Frame):
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region
-        self.slots = run.slots(self, 0, replayed=True)
+        self.slots = run.slots(self, 0, region.facts, replayed=True)
         self.held = Arguments(run, (), {})
         self._watched: int | None = None  # the slot by which a replay is known
         self._sample: Sample | None = None  # of it

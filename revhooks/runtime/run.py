@@ -31,7 +31,7 @@ from .lean import LeanSlots
 from .local import LOCAL
 from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
-from .plan import Predicate
+from .plan import Facts, Predicate
 from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
@@ -199,8 +199,8 @@ class Run:
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
-    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str, *, lean: bool) -> Source:
-        """A tensor saved in a frame that recomputes what cheap operations make, if ``lean``; the frame counts its bytes."""
+    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str) -> Source:
+        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes."""
         if is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
         reference = slots.values.get(tensor.untyped_storage()._cdata)
@@ -212,7 +212,7 @@ class Run:
             value.maker = type(tensor.grad_fn)
             value.pinned = True
             value.nbytes = tensor.untyped_storage().nbytes()
-            if whole and lean:
+            if whole:
                 value.recipe = recipe_of(self, base, what, slots)
                 self._let_go(value)
                 note_output(base, value)
@@ -227,10 +227,10 @@ class Run:
             else:
                 value.release()
 
-    def slots(self, frame: Frame, position: int, *, replayed: bool = False) -> Slots:
+    def slots(self, frame: Frame, position: int, facts: Facts, *, replayed: bool = False) -> Slots:
         """Slots for a stretch of a frame; where it may stay for long, or is run again, they hold what recipes start from only."""
         lean = self._ops and (replayed or self.budget.limit > 0)
-        return LeanSlots(frame, position) if lean else Slots(frame, position)
+        return LeanSlots(frame, position, facts) if lean else Slots(frame, position)
 
     def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
         """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
 from ..storage import Geometry, Held, reserve, restride, storage_key, version_probe
-from .offload import Parked
 
 if TYPE_CHECKING:
     from .codes import Code
     from .frame import Frame
+    from .offload import Parked
     from .recipe import Recipe
     from .run import Run
 
@@ -258,7 +258,7 @@ class Value(Source):
         """Let go of the memory, if a frame or a recipe can give it back."""
         if self.held and (self.recipe is not None or (self.consumer is not None and not self.pinned)):
             self._detach_from_storage()
-            if type(self.recipe) is Parked and self._tensor is not None:
+            if self.recipe is not None and self._tensor is not None:
                 self.recipe.leave(self._tensor)
             self._drop_tensor()
             self._pieces = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import Parameter
 
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
@@ -178,9 +179,9 @@ class Run:
         sink = LOCAL.sink
         if sink is not None:
             return sink[0].save(tensor, sink[1])
-        if is_opaque(tensor) or is_leaf(tensor):
+        if type(tensor) is Parameter or is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
-        unshared = self._ops and tensor.grad_fn is None and is_unshared(tensor)
+        unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor)
         return self._pack_value(tensor, unshared=unshared)
 
     def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Source:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
-from ..storage import Geometry, Held, reserve, restride, storage_key, version_probe
+from ..storage import Geometry, Held, reserve, restride, version_probe
 
 if TYPE_CHECKING:
     from .codes import Code
@@ -87,9 +87,9 @@ class Value(Source):
     )
 
     def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
-        detached = tensor.detach()  # Rule 2
+        storage = tensor.untyped_storage()
         self.run = run
-        self.key = key = storage_key(tensor)
+        self.key = key = storage._cdata
         self.version = tensor._version
         self.dtype = tensor.dtype
         self.why = why
@@ -100,14 +100,14 @@ class Value(Source):
         self.maker: type | None = None  # the kind of node that made it
         self.pinned = False  # a handle needs it
         self._packed = 0
-        self._tensor: Tensor | None = detached
+        self._tensor: Tensor | None = tensor.detach()  # Rule 2
         self._tensor_version = self.version
         self._geometry: Geometry | None = None
         self._pieces: list[Held] | None = None
         self._dim = 0
         self._probe: Tensor | None = None
         self._reserved: object = None
-        self._tensor_key = run.ledger.hold_tensor(detached)
+        self._tensor_key = run.ledger.hold(key, storage)
         self.nbytes = 0  # of the memory that it stands for
         self.values = run.values if values is None else values  # where it can be found
         self.values[key] = weakref.ref(self)

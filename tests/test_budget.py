@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import RegistrationError
+from revhooks.runtime import run as run_module
 from revhooks.runtime.budget import parse_bytes
+from revhooks.runtime.recipe import recipe_of
 from tests.conftest import Count, calls
 
 
@@ -82,6 +84,48 @@ def test_replay_stops_early_and_newest_is_kept() -> None:
     with revhooks.reversible(replay=Counting):
         net(X).sum().backward()
     assert len(counted) == 2 * 4 - 1
+
+
+@pytest.mark.parametrize("kind", ["replayed", "couplings"])
+def test_what_is_let_go_of_is_learned(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No recipes are looked for in what is soon let go of; that takes no block more to be rebuilt, in any step, at any budget."""
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(24)]
+    couplings = [rnn.AdditiveCoupling(f, g, dim=-1) for f, g in zip(branches[::2], branches[1::2], strict=True)]
+    net = stack(12) if kind == "replayed" else nn.Sequential(*couplings)
+    options: dict[str, Any] = {"replay": Layer} if kind == "replayed" else {}
+    searches = []
+    search = recipe_of
+    monkeypatch.setattr(run_module, "recipe_of", lambda *args: searches.append(1) or search(*args))
+    with revhooks.reversible(ops=False) as run:
+        net(X).sum().backward()
+    packed = run.stats.packed_bytes
+
+    def one(budget: float) -> tuple[list[Tensor], int, int]:
+        searches.clear()
+        with revhooks.reversible(budget=budget, **options) as run:
+            torch.manual_seed(1)
+            loss = net(X).square().sum()
+            looked = len(searches)
+            found = torch.autograd.grad(loss, list(net.parameters()))
+            del loss
+            assert run.stats.held_bytes == 0
+        return list(found), run.stats.replays + run.stats.inversions, looked
+
+    torch.manual_seed(1)
+    plain = torch.autograd.grad(net(X).square().sum(), list(net.parameters()))
+    settled = {}
+    for share in (0, 0.2, 0.4, 0.6, 0.8, 0.2, 0):
+        steps = [one(share * packed) for _ in range(5)]
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for step in steps for a, b in zip(plain, step[0], strict=True))
+        rebuilt = [step[1] for step in steps]
+        assert rebuilt[-1] == min(rebuilt), (share, rebuilt)
+        if kind == "replayed" and not share:
+            assert steps[-1][2] <= 10  # the newest block, and what is around
+            assert share in settled or steps[0][2] > 60
+        settled[share] = rebuilt[-1]
+    for _ in range(3):  # budgets that take turns do not disturb each other
+        assert {share: one(share * packed)[1] for share in settled} == settled
 
 
 def test_named_layers_inside_and_around_blocks() -> None:

@@ -31,13 +31,14 @@ class LeanSlots(Slots):
     it is, and only what is rebuilt is looked at.
     """
 
-    __slots__ = ("_facts", "_plain", "_seen", "_stays", "values")
+    __slots__ = ("_budget", "_facts", "_plain", "_seen", "_undecided", "values")
 
     def __init__(self, frame: Frame, position: int, facts: Facts) -> None:
         super().__init__(frame, position)
         self._facts = facts
-        self._stays = True  # was never let go of
-        self._plain = not facts.stays  # holds tensors as they are
+        self._budget = frame.run.budget
+        self._undecided = True  # neither let go of nor read so far
+        self._plain = not facts.stays(self._budget.limit)  # holds tensors as they are
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
         self.values: Values = {}
 
@@ -90,7 +91,9 @@ class LeanSlots(Slots):
             ModifiedError: it was modified in place since it was saved (Rule 8).
         """
         entry = self.tensors[index]
-        self._facts.stays |= self._stays
+        if self._undecided:
+            self._undecided = False
+            self._facts.learn_stays(self._budget.limit, True)
         if not isinstance(entry, Source):
             return super().read(index)
         tensor = entry.get()
@@ -137,8 +140,9 @@ class LeanSlots(Slots):
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
-        if self._stays:
-            self._stays = self._facts.stays = False
+        if self._undecided:
+            self._undecided = False
+            self._budget.note_let_go(self._facts)
         if self._plain:
             super().release()
             return
@@ -183,9 +187,9 @@ class LeanSlots(Slots):
 
     def _prepare(self) -> bool:
         """Empty the slots; whether to fill them with Values: what is rebuilt is soon used up, and may raise the peak."""
-        frame, ledger = self._frame(), self._ledger
+        ledger = self._ledger
         self.release()
-        self._plain = frame is None or ledger.held + self._packed <= max(frame.run.budget.limit, ledger.peak_held)
+        self._plain = ledger.held + self._packed <= max(self._budget.limit, ledger.peak_held)
         if not self._plain:
             self._keys = [0] * len(self._keys)
         return not self._plain

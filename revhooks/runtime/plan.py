@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -56,15 +57,15 @@ class Facts:
     The worst is assumed of what was never seen. ``many``: the code runs many modules, each of which may draw.
     """
 
-    __slots__ = ("_draws", "_inversions", "_many", "kept", "looks", "stays", "writes_input", "writes_parameters")
+    __slots__ = ("_draws", "_goes", "_inversions", "_many", "kept", "looks", "writes_input", "writes_parameters")
 
     def __init__(self, *, many: bool = False) -> None:
         self._many = many
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
+        self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.looks: list[object] = []  # of what the latest call saved
-        self.stays = True  # what it saves, until backward comes
         self.writes_input = True  # in place
         self.writes_parameters = True  # past their version counters
 
@@ -78,6 +79,14 @@ class Facts:
             known = self._draws[training]
             draws = Draws(known.inside | draws.inside, known.outside or draws.outside)
         self._draws[training] = draws
+
+    def stays(self, budget: float) -> bool:
+        """Whether what it saves will be there when backward comes."""
+        return budget > self._goes
+
+    def learn_stays(self, budget: float, stays: bool) -> None:
+        """Remember whether it was: at a larger budget what stays will stay, at a smaller one what goes will go."""
+        self._goes = min(self._goes, math.nextafter(budget, -math.inf)) if stays else max(self._goes, budget)
 
     def inversion(self, key: object) -> Inversion | None:
         """What the first try of the inverse has shown for these shapes, if there was one."""

@@ -12,9 +12,10 @@ from ..functional import ADDITIVE
 from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample
 from .local import LOCAL
+from .objects import Objects
 from .plan import facts_of
 from .slots import Slots
 from .value import Value, fetch, freed, modified
@@ -203,6 +204,7 @@ class CouplingFrame(ModuleFrame):
         before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
         LOCAL.sink = (branch.slots, self)
+        objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
         update = step.evaluate(source, args, kwargs)
         branch.slots.close(self, branch.state.facts)
         branch.state.finish(self.moved)
@@ -213,6 +215,8 @@ class CouplingFrame(ModuleFrame):
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.run.guard.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
+        if objects is not None and objects.changed():
+            branch.keep(CHANGES_OBJECT, self._hold(target.detach()))
 
     def _look_for_surprises(self, branch: _Branch, target: Tensor, before: Tensor | None, *, written: bool) -> None:
         """Keep a step that did what was not foreseen: it cannot be repeated."""

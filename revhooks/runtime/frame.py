@@ -15,9 +15,10 @@ from ..state import Modes
 from ..storage import Held, is_opaque, version_of
 from .branch import CallState
 from .guard import Sample, tolerance
+from .objects import Former, Objects, Seen
 from .plan import Draws, Facts, facts_of
 from .slots import Slots
-from .tree import leaves_of, map_leaves
+from .tree import leaves_of, map_leaves, map_tensors
 from .value import Value, modified
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANCHOR",
     "ARGUMENT",
+    "CHANGES_OBJECT",
     "DREW",
     "HEAD",
     "NEWEST",
@@ -40,6 +42,7 @@ __all__ = [
 
 ANCHOR = "anchor: what was before it is rebuilt from it"
 ARGUMENT = "argument of a block: needed to repeat its call"
+CHANGES_OBJECT = "it changes an object among its arguments"
 DREW = "random numbers were drawn where none had been drawn before"
 HEAD = "input of a chain: held by its caller, or kept exact"
 NEWEST = "newest block: kept until the next one opens"
@@ -47,6 +50,7 @@ ORDINARY = "saved outside any registered block"
 REMEDIES = {
     ANCHOR: "nothing: a chain needs one; fewer ordinary layers between its blocks make fewer chains",
     ARGUMENT: "an inverse for the block (checkpoint(inverse=), register), or a tensor that is held anyway",
+    CHANGES_OBJECT: "call it without that object, for example use_cache=False, or checkpoint() instead of an inverse",
     DREW: "nothing: the next call foresees it",
     HEAD: "an invertible block before it",
     NEWEST: "nothing: it goes when the next block opens",
@@ -60,6 +64,8 @@ Give = Callable[[], Tensor]
 class Arguments:
     """Arguments that are held for the replay: tensors detached, everything else as it is.
 
+    Made before the call.
+
     Args:
         run: whose ledger counts them.
         args: positional arguments.
@@ -67,21 +73,32 @@ class Arguments:
         save: saves a tensor in a surrounding frame instead, and returns a function that gives it back.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_run")
 
     def __init__(
         self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], save: Callable[[Tensor], Give] | None = None
     ) -> None:
-        def hold(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return _Argument(run, leaf) if save is None or is_opaque(leaf) else _SavedArgument(save(leaf), leaf.requires_grad)
+        self._run = run
+        self._held = map_tensors(lambda tensor: self._hold(tensor, save), (args, kwargs))
 
-        self._held = map_leaves(hold, (args, kwargs))
+    def _hold(self, tensor: Tensor, save: Callable[[Tensor], Give] | None) -> _Argument | _SavedArgument:
+        if save is None or is_opaque(tensor):
+            return _Argument(self._run, tensor)
+        return _SavedArgument(save(tensor), tensor.requires_grad)
+
+    def give_former(self, objects: Objects, save: Callable[[Tensor], Give] | None = None) -> None:
+        """After the call: of the objects among them give those that it has changed as they were."""
+        formers = objects.formers(lambda tensor: self._hold(tensor, save))
+        if formers:
+            self._held = map_leaves(lambda leaf: formers.get(id(leaf), leaf), self._held)
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it holds."""
-        arguments = (leaf for leaf in leaves_of(self._held) if isinstance(leaf, _Argument))
+        leaves = leaves_of(self._held)
+        former = next((leaf for leaf in leaves if isinstance(leaf, Former)), None)
+        if former is not None:
+            leaves = [*leaves, *former.parts()]
+        arguments = (leaf for leaf in leaves if isinstance(leaf, _Argument))
         return (argument.held.tensor for argument in arguments if isinstance(argument.held, Held))
 
     def again(self, label: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,9 +107,13 @@ class Arguments:
         Raises:
             ModifiedError: one was modified in place since.
         """
+        copies: dict[int, Any] = {}
+
+        def thaw(part: Any) -> Any:
+            return part.again(label) if isinstance(part, (_Argument, _SavedArgument, Seen)) else part
 
         def again(leaf: Any) -> Any:
-            return leaf.again(label) if isinstance(leaf, (_Argument, _SavedArgument)) else leaf
+            return leaf.again(thaw, copies) if isinstance(leaf, Former) else thaw(leaf)
 
         args, kwargs = map_leaves(again, self._held)
         return args, kwargs

@@ -15,10 +15,11 @@ from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_opaque, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
+from .objects import Objects
 from .plan import Facts, Inversion, facts_of
 from .slots import Slots
 from .tree import leaves_of, map_leaves, map_tensors, tensors_of
@@ -102,6 +103,7 @@ class OpaqueFrame(ModuleFrame):
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block, each child's call into its own slots, and try the inverse the first time."""
         tensors = tensors_of((args, kwargs))
+        objects = Objects.among((*args, *kwargs.values()))
         self.begin(tensors[0].device if tensors else torch.device("cpu"))
         self._original = original
         versions = [version_of(t) for t in tensors]
@@ -121,6 +123,8 @@ class OpaqueFrame(ModuleFrame):
             self.keep("it changed a parameter or buffer that it had not changed before")
         if [version_of(t) for t in tensors] != versions:
             self.keep("it changes its input in place")
+        if objects is not None and objects.changed():
+            self.keep(CHANGES_OBJECT)
         self._close(output, args, kwargs, known)
         return output
 

@@ -19,9 +19,10 @@ from .branch import CallState
 from .frame import ARGUMENT, NEWEST, Arguments, Frame
 from .guard import Sample
 from .local import LOCAL, saving_to
+from .objects import Objects
 from .plan import Facts, facts_of
 from .slots import Slots
-from .tree import tensors_of
+from .tree import leaves_of
 from .value import Value
 
 if TYPE_CHECKING:
@@ -142,9 +143,13 @@ class ReplayFrame(Frame):
 
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function, keep its arguments, and let go of what it saved."""
-        tensors = tensors_of((args, kwargs))
+        leaves = leaves_of((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        objects = Objects.among(leaves)
         self.begin(next((t.device for t in tensors), torch.device("cpu")))
         held = Arguments(self.run, args, kwargs, _outer_save())
+        if objects is not None:
+            tensors += objects.tensors()
         versions = [version_of(tensor) for tensor in tensors]
         self.state = CallState(self, self.region.roots, self.region.facts, owned=self.region.owned)
         with saving_to(self.slots, self, self.facts):
@@ -157,6 +162,8 @@ class ReplayFrame(Frame):
         if self.facts.writes_input:
             self.keep("it changes its input in place")
         if not self.why_kept:
+            if objects is not None:
+                held.give_former(objects, _outer_save())
             self.held = held
         return output
 

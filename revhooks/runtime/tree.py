@@ -6,6 +6,7 @@ collector frees; a step must leave nothing to it (Rule 5).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,12 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
         return [map_leaves(function, part) for part in tree]
     if isinstance(tree, dict):
         mapped = {key: map_leaves(function, part) for key, part in tree.items()}
-        return mapped if type(tree) is dict else type(tree)(mapped)
+        if type(tree) is dict:
+            return mapped
+        same = copy.copy(tree)  # a defaultdict has a factory, too
+        for key, part in mapped.items():
+            same[key] = part
+        return same
     return function(tree)
 
 

@@ -1,0 +1,197 @@
+"""Objects among the arguments of a call that it changes, as it does a key/value cache, and what they were before.
+
+A replay needs them as they were: a cache to which the keys of a layer are appended must not have them yet. So it gets
+copies of what was changed and of what leads there; nothing else is copied, and the objects themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Former", "Objects", "Seen"]
+
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range})
+_DICTS = (dict, OrderedDict, defaultdict)
+_LISTS = (list, tuple, set, deque)
+_WHOLE = (Tensor, nn.Module, Enum, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+_MOST = 4000  # things that are looked at
+
+
+class Objects:
+    """What the objects among the arguments of a call hold, recorded before the call."""
+
+    __slots__ = ("_nodes", "_roots")
+
+    def __init__(self, roots: list[Any]) -> None:
+        self._roots = roots
+        self._nodes: dict[int, tuple[Any, _Contents]] = {}
+        things = list(roots)
+        for thing in things:  # which grows
+            if len(things) > _MOST:
+                self._nodes = {}
+                return
+            if id(thing) not in self._nodes and (contents := _contents(thing)) is not None:
+                self._nodes[id(thing)] = thing, contents
+                things += _parts(contents)
+
+    @classmethod
+    def among(cls, leaves: Iterable[Any]) -> Objects | None:
+        """The objects among the leaves of the arguments, if there are any."""
+        roots = [leaf for leaf in leaves if _contents(leaf) is not None]
+        return cls(roots) if roots else None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors in them."""
+        return [part for _, contents in self._nodes.values() for part in _parts(contents) if isinstance(part, Tensor)]
+
+    def changed(self) -> set[int]:
+        """The ids of those that do not hold what they held."""
+        return {key for key, (thing, contents) in self._nodes.items() if not _is_same(_contents(thing), contents)}
+
+    def formers(self, hold: Callable[[Tensor], Any]) -> dict[int, Former]:
+        """What a replay gets for an argument, by the argument's id: what leads to nothing that was changed is not there.
+
+        Tensors in what the call changed are held. Of other tensors it is not known whether the call has read them: a replay
+        gets them if they are still there.
+
+        Args:
+            hold: gives something that stands for the tensor.
+        """
+        changed = self.changed()
+        if not changed:
+            return {}
+        classes = {type(self._nodes[key][0]) for key in changed}  # what is of the same kind may change later
+        copied = {key for key, (thing, _) in self._nodes.items() if type(thing) in classes}
+        grown = True
+        while grown:
+            leading = {key for key, (_, contents) in self._nodes.items() if any(id(part) in copied for part in _parts(contents))}
+            grown = not leading <= copied
+            copied |= leading
+
+        def freeze(part: Any, *, held: bool) -> Any:
+            if id(part) in copied:
+                return _Link(id(part))
+            if isinstance(part, Tensor):
+                return hold(part) if held else Seen(part)
+            return part
+
+        frozen: dict[int, tuple[type, _Contents]] = {}
+        for key in copied:
+            thing, contents = self._nodes[key]
+            held = key in changed
+            if isinstance(contents, dict):
+                for name, part in contents.items():
+                    contents[name] = freeze(part, held=held)
+                frozen[key] = type(thing), contents
+            else:
+                frozen[key] = type(thing), [freeze(part, held=held) for part in contents]
+        return {id(root): Former(frozen, id(root)) for root in self._roots if id(root) in frozen}
+
+
+_Contents = dict[Any, Any] | list[Any]
+
+
+def _contents(thing: Any) -> _Contents | None:
+    """What a container or an object holds; ``None`` for what is taken as a whole."""
+    kind = type(thing)
+    if kind in _PLAIN or isinstance(thing, _WHOLE):
+        return None
+    if kind in _DICTS:
+        return thing.copy()  # type: ignore[no-any-return]
+    if kind in _LISTS:
+        return list(thing)
+    own = getattr(thing, "__dict__", None)
+    if type(own) is not dict or kind.__new__ is not object.__new__:  # type: ignore[comparison-overlap]
+        return None
+    return own.copy()
+
+
+def _parts(contents: _Contents) -> Iterable[Any]:
+    return contents.values() if isinstance(contents, dict) else contents
+
+
+def _is_same(now: _Contents | None, before: _Contents) -> bool:
+    if now is None or len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
+        return False
+    return all(a is b for a, b in zip(_parts(now), _parts(before), strict=True))
+
+
+class _Link:
+    """In the place of something that is copied too."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: int) -> None:
+        self.key = key
+
+
+class Seen:
+    """A tensor in an object, that the call may not have read: it is not held."""
+
+    __slots__ = ("_looks", "_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._version = None if tensor.is_inference() else tensor._version
+        self._looks = tensor.shape, tensor.dtype, tensor.requires_grad
+
+    def again(self, label: str) -> Tensor:
+        """The tensor; if it is gone or was changed one without data, so that whatever reads it is found out."""
+        tensor = self._tensor()
+        shape, dtype, requires_grad = self._looks
+        if tensor is None or (self._version is not None and tensor._version != self._version):
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
+        return tensor.detach().requires_grad_(requires_grad)
+
+
+class Former:
+    """An argument as it was before the call that changed it."""
+
+    __slots__ = ("_frozen", "_root")
+
+    def __init__(self, frozen: dict[int, tuple[type, _Contents]], root: int) -> None:
+        self._frozen = frozen
+        self._root = root
+
+    def again(self, thaw: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
+        """A copy of it.
+
+        Args:
+            thaw: gives a thing for what stands for it.
+            copies: those of the same call, which may have parts in common.
+        """
+        return self._copy(self._root, thaw, copies)
+
+    def parts(self) -> list[Any]:
+        """What stands for the things in it, and in all that the call changed."""
+        return [part for _, contents in self._frozen.values() for part in _parts(contents)]
+
+    def _copy(self, key: int, thaw: Callable[[Any], Any], copies: dict[int, Any]) -> Any:
+        if key in copies:
+            return copies[key]
+        kind, contents = self._frozen[key]
+
+        def part_again(part: Any) -> Any:
+            return self._copy(part.key, thaw, copies) if isinstance(part, _Link) else thaw(part)
+
+        if isinstance(contents, dict):
+            copy: Any = contents.copy() if kind in _DICTS else object.__new__(kind)
+            copies[key] = copy  # before its parts, which may lead back
+            target = copy if kind in _DICTS else vars(copy)
+            for name, part in contents.items():
+                target[name] = part_again(part)
+            return copy
+        if kind in (list, deque):
+            copy = copies[key] = kind()
+            copy.extend(map(part_again, contents))
+            return copy
+        copies[key] = kind(map(part_again, contents))
+        return copies[key]

@@ -82,6 +82,14 @@ def is_opaque(tensor: Tensor) -> bool:
     )
 
 
+_NEAR = frozenset({"cpu"})
+
+
+def is_near(device: torch.device) -> bool:
+    """Whether values of tensors there can be read without waiting for an accelerator."""
+    return device.type in _NEAR
+
+
 def is_leaf(tensor: Tensor) -> bool:
     """Whether the memory is a parameter's or another leaf's, which is held anyway (Rule 3: a view counts)."""
     base = tensor._base

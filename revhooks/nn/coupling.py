@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import GridError, RegistrationError, RevhooksError, ShapeError, explain
 from ..functional import ADDITIVE, Law, affine_law, grid_law, grid_limit, round_to_grid, wide
-from ..storage import compact
+from ..storage import compact, is_near
 from .flow import invertible_with_ladj
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "RangeWatch", "Step"]
@@ -125,7 +125,7 @@ class RangeWatch:
         if self._bits is None or stream.is_meta:
             return
         extreme = torch.stack(torch.aminmax(stream.detach())).abs_().max()
-        if stream.device.type == "cpu":
+        if is_near(stream.device):
             self._judge(index, stream.dtype, float(extreme))
         else:
             self._extremes.append((index, stream.dtype, extreme))

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Geometry, Held, Ledger, restride
+from ..storage import Geometry, Held, Ledger, is_near, restride
 
 __all__ = ["Code", "code_of", "is_unshared"]
 
 LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
+WORTH_WAITING = 1 << 22  # bytes, for an accelerator
 _PROBES = 64
 
 
@@ -57,6 +58,8 @@ def code_of(tensor: Tensor, what: str) -> Code | None:
     if flat.dtype is torch.bool:
         size = flat.numel()
         return Code(_pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
+    if not is_near(tensor.device) and tensor.nbytes < WORTH_WAITING:  # what follows reads values
+        return None
     if flat.dtype is torch.int64:
         return _narrowed(flat, what)
     return _mask(flat, what) if flat.dtype.is_floating_point else None

@@ -12,7 +12,7 @@ from ..functional import ADDITIVE
 from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame
 from .guard import Sample
 from .local import LOCAL
 from .objects import Objects
@@ -66,7 +66,7 @@ class _Branch:
         self.source: Held | None = None  # a copy, where the branch changes its input in place
         self.sample: Sample | None = None  # of the stream before the step
         self.output: Sample | None = None  # of what the branch computed, where nothing is inverted that would show an error
-        if index in frame.facts.kept or (frame.is_chain and step.law.grid_bits is None and has_exact_zeros(target)):
+        if index in frame.facts.kept or (frame.is_chain and step.law.grid_bits is None and frame.has_zeros(target, index)):
             self.target = Held(frame.run.ledger, target.detach())
         elif not (self.first and frame.has_head) and (frame.ordinal + index + index // 2) % 2 == 0:  # either stream by turns
             self.sample = frame.run.guard.sample(target)
@@ -189,7 +189,7 @@ class CouplingFrame(ModuleFrame):
 
     def _open(self, x: Tensor, streams: list[Tensor]) -> None:
         self.sizes = [stream.shape[self.module.dim] for stream in streams]
-        if self.link(x, self.module.grid_bits) is None:
+        if self.link(x, "input", self.module.grid_bits) is None:
             self._head = Head(self.run, x)
         self._input_key = storage_key(x)
         if not x.is_inference() and any(storage_key(stream) == self._input_key for stream in streams):
@@ -473,13 +473,8 @@ class CouplingFrame(ModuleFrame):
     def _guard(self, branch: _Branch, previous: Tensor, after: Tensor | None) -> None:
         if branch.sample is None:
             return
-        facts, run = self.facts, self.run
-
-        def fallback(error: float, *, below: bool) -> None:
-            facts.keep(branch.index, branch.label(self), f"an error of {error:.2g}", warn=not below)
-            if below:
-                run.distrust(self, branch.index)
-
+        run = self.run
+        fallback = run.fallback(self, branch.index, branch.index)
         run.guard.check(branch.sample, previous, self.bounds(previous), lambda: branch.label(self), fallback, run.at_end, after)
 
     def distrust(self, below: int | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..generators import EVERY
 from ..state import Modes
-from ..storage import Held, is_opaque, version_of
+from ..storage import Held, is_near, is_opaque, version_of
 from .branch import CallState
 from .guard import Sample, tolerance
 from .objects import Former, Objects, Seen
@@ -37,7 +37,6 @@ __all__ = [
     "Frame",
     "Head",
     "ModuleFrame",
-    "has_exact_zeros",
 ]
 
 ANCHOR = "anchor: what was before it is rebuilt from it"
@@ -268,7 +267,19 @@ class Frame(abc.ABC):
         """Stay as it is until backward, and say why."""
         self.why_kept = why
 
-    def link(self, tensor: Tensor, grid_bits: int | None = None, *, keeps_zeros: bool = False) -> Value | None:
+    def has_zeros(self, tensor: Tensor, place: object) -> bool:
+        """Whether elements of what comes in at a place are exactly zero, as behind a ReLU, a dropout or padding.
+
+        They come back from an inversion as plus or minus 1e-17, and a branch that begins with a ReLU would see the wrong
+        sign. To read this from an accelerator makes the host wait, so only the first calls do; then the guard tells.
+        """
+        if tensor.is_meta:
+            return False
+        if is_near(tensor.device):
+            return _has_exact_zeros(tensor)
+        return self.facts.has_zeros((place, self._training), lambda: _has_exact_zeros(tensor))
+
+    def link(self, tensor: Tensor, place: object = 0, grid_bits: int | None = None, *, keeps_zeros: bool = False) -> Value | None:
         """The earlier frame's output that ``tensor`` is, if this frame is to give it back.
 
         A frame on a grid gives back what lies on that grid, zeros included.
@@ -277,7 +288,7 @@ class Frame(abc.ABC):
         if value is None:
             return None
         exact = value.grid_bits is not None and grid_bits is not None and value.grid_bits <= grid_bits
-        if not exact and (grid_bits is not None or (not keeps_zeros and has_exact_zeros(tensor))):
+        if not exact and (grid_bits is not None or (not keeps_zeros and self.has_zeros(tensor, place))):
             return None
         value.consumer = self
         self.inputs.append(weakref.ref(value))
@@ -300,15 +311,8 @@ _EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere
 _STRIDES = (67, 257, 1031, 4099, 16411, 65537)  # primes: rows, columns, channels and borders are all met
 
 
-def has_exact_zeros(tensor: Tensor) -> bool:
-    """Whether elements are exactly zero, as behind a ReLU, a dropout or padding; a large tensor is sampled.
-
-    They come back from an inversion as plus or minus 1e-17, and a branch that begins with a ReLU would see the wrong
-    sign. Reading this from an accelerator would make it wait, so it is read on a CPU only; elsewhere the guard
-    compares the zeros of its samples.
-    """
-    if tensor.device.type != "cpu" or tensor.is_meta:
-        return False
+def _has_exact_zeros(tensor: Tensor) -> bool:
+    """A large tensor is sampled."""
     tensor = tensor.detach()
     numel = tensor.numel()
     if numel > _EVERY_ELEMENT and tensor.is_contiguous():

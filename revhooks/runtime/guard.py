@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import InversionError, ReplayError, explain
+from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..record import WorstError
+from ..storage import is_near
 
 if TYPE_CHECKING:
     from .plan import Fallback
 
 __all__ = ["Guard", "Sample", "relative_error", "tolerance"]
+
+Verdict = Callable[[float, int], None]  # takes a relative error, and how many exact zeros have not come back
+Defer = Callable[[Callable[[], None]], bool]  # calls a function at the end of the backward pass; False outside of one
 
 SAMPLES = 256
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -66,6 +71,33 @@ def relative_error(rebuilt: Tensor, original: Tensor) -> float:
     return math.sqrt(error / scale) if scale else math.sqrt(error)
 
 
+def _results(pairs: Sequence[_Pending]) -> list[tuple[float, int]]:
+    """Relative errors and lost zeros of many pairs, read from each device once."""
+    results = [(0.0, 0)] * len(pairs)
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        groups.setdefault((pair.original.device, pair.original.dtype, pair.rebuilt.dtype), []).append(index)
+    for (device, _, _), indices in groups.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        originals = [_real(pairs[i].original) for i in indices]
+        original = torch.cat(originals).to(wide)
+        difference = torch.cat([_real(pairs[i].rebuilt) for i in indices]).to(wide) - original
+        lost = ((original == 0) & (difference != 0)).to(wide)
+        sizes = [one.numel() for one in originals]
+        parts = (*original.split(sizes), *difference.split(sizes), *lost.split(sizes))
+        norms = torch.stack(torch._foreach_norm(parts)).view(3, -1).t().tolist()
+        for index, (scale, error, zeros) in zip(indices, norms, strict=True):
+            if math.isfinite(scale):
+                error = math.inf if not math.isfinite(error) else error / scale if scale else error
+                results[index] = error, round(zeros**2)
+    return results
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """As a vector of real numbers."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+
+
 class Sample(NamedTuple):
     """A few hundred elements of a tensor, by logical index."""
 
@@ -78,12 +110,11 @@ class Sample(NamedTuple):
 
 
 class _Pending(NamedTuple):
+    """A comparison whose result an accelerator still has. It names no frame: what was rebuilt is not to live longer for it."""
+
     rebuilt: Tensor
     original: Tensor
-    bounds: tuple[float, float]
-    label: Callable[[], str]
-    fallback: Fallback | None  # None: nothing was inverted, the replay itself is checked
-    source: Tensor | None  # what it was rebuilt from, or a sample of it
+    verdict: Verdict
 
 
 class Guard:
@@ -131,10 +162,14 @@ class Guard:
         bounds: tuple[float, float],
         label: Callable[[], str],
         fallback: Fallback | None,
-        defer: Callable[[Callable[[], None]], bool],
+        defer: Defer,
         source: Tensor | None = None,
+        *,
+        zeros: bool = True,
     ) -> None:
         """Compare a reconstruction from ``source``, or without ``fallback`` a replay, with its sample.
+
+        Exact zeros have to come back if ``zeros``; forward has looked for them unless that would have made it wait.
 
         Raises:
             ReplayError: a replay computes something else than forward did.
@@ -143,54 +178,86 @@ class Guard:
         if sample is None:
             return
         values = sample.of(rebuilt)
-        pending = _Pending(values, sample.values, bounds, label, fallback, source)
-        if rebuilt.device.type != "cpu":
+        if not is_near(rebuilt.device):
             if source is not None:
-                pending = pending._replace(source=source.detach().reshape(-1)[:SAMPLES].clone())
-            self._pending.append(pending)
-            if len(self._pending) > 1 or defer(self.settle):
+                source = source.detach().reshape(-1)[:SAMPLES].clone()
+            verdict = functools.partial(self._judge, bounds, label(), fallback, source, zeros)
+            if self.later(values, sample.values, verdict, defer):
                 return
-            self._pending.pop()
-        self._judge(pending)
+        error = relative_error(values, sample.values)
+        if fallback is None and error <= bounds[0]:
+            return
+        self._judge(bounds, label, fallback, source, zeros, error)
+
+    def later(self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer) -> bool:
+        """Give the result to ``verdict`` at the end of this backward pass; ``False`` outside of one.
+
+        ``verdict`` must hold no frame, no Value and no recipe.
+        """
+        if not defer(self.settle):
+            return False
+        self._pending.append(_Pending(rebuilt, original, verdict))
+        return True
 
     def settle(self) -> None:
-        """Read the comparisons that an accelerator has made."""
+        """Read the comparisons that an accelerator has made, all at once."""
         pending, self._pending = self._pending, []
-        for one in pending:
-            self._judge(one)
+        problem: Exception | None = None
+        for (error, lost), one in zip(_results(pending), pending, strict=True):
+            try:
+                one.verdict(error, lost)
+            except RevhooksError as found:
+                problem = problem or found
+        try:
+            if problem is not None:
+                raise problem
+        finally:
+            del problem  # its traceback leads to this frame
 
-    def _judge(self, pending: _Pending) -> None:
-        error = relative_error(pending.rebuilt, pending.original)
-        if pending.fallback is None:
-            self._judge_replay(pending, error)
+    def _judge(
+        self,
+        bounds: tuple[float, float],
+        name: str | Callable[[], str],
+        fallback: Fallback | None,
+        source: Tensor | None,
+        zeros: bool,
+        error: float,
+        lost: int = 0,
+    ) -> None:
+        label = name if isinstance(name, str) else name()
+        if fallback is None:
+            self._judge_replay(bounds, label, error)
             return
         if error > self.worst:
-            self.worst = WorstError(error, pending.label())
-        mild, gross = pending.bounds
+            self.worst = WorstError(error, label)
+        mild, gross = bounds
+        if zeros and lost > 1 and self.mode != "measure":  # one may be by chance
+            fallback("exact zeros that do not come back", label, below=False)
         if error <= mild or self.mode == "measure":
             return
-        if math.isinf(error) and pending.source is not None and not bool(pending.source.isfinite().all()):
+        if math.isinf(error) and source is not None and not bool(source.isfinite().all()):
             # what overflowed cannot be rebuilt; its gradients are not finite, as in plain autograd
             return
+        reason = f"an error of {error:.2g}"
         if error > gross or self.mode == "raise":
-            pending.fallback(error, below=True)
+            fallback(reason, label, below=True)
             raise InversionError(
                 explain(
-                    pending.label(),
+                    label,
                     expected=f"a reconstruction within {mild:g} of its input (relative)",
                     got=f"{error:.2g}; the gradients of this step would be wrong",
                     remedy="take the step again (this block and those before it are kept from now on), use a wider dtype "
                     "for the streams, or exclude the block with keep=",
                 )
             )
-        pending.fallback(error, below=False)
+        fallback(reason, label, below=False)
 
-    def _judge_replay(self, pending: _Pending, error: float) -> None:
-        if error <= 10 * pending.bounds[0] or self.mode == "measure" or math.isinf(error):
+    def _judge_replay(self, bounds: tuple[float, float], label: str, error: float) -> None:
+        if error <= 10 * bounds[0] or self.mode == "measure" or math.isinf(error):
             return
         raise ReplayError(
             explain(
-                f"replay of {pending.label()}",
+                f"replay of {label}",
                 expected="what its forward call computed",
                 got=f"something else (relative error {error:.2g})",
                 remedy="make it do the same in every call with the same input, or exclude the block with keep=",

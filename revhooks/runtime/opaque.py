@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
-from ..storage import Geometry, Held, is_opaque, restride, storage_key, version_of, version_probe
+from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Arguments, Head, ModuleFrame, has_exact_zeros
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Arguments, Head, ModuleFrame
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
@@ -57,16 +57,17 @@ class _Call:
 class _Input:
     """A tensor argument that the inverse gives back."""
 
-    __slots__ = ("geometry", "grad", "head", "probe", "sample", "value", "version", "zeros")
+    __slots__ = ("geometry", "grad", "head", "keeps_zeros", "probe", "sample", "value", "version", "zeros")
 
-    def __init__(self, frame: OpaqueFrame, tensor: Tensor, *, keeps_zeros: bool) -> None:
+    def __init__(self, frame: OpaqueFrame, place: int, tensor: Tensor) -> None:
+        self.keeps_zeros = keeps_zeros = frame.entry.keeps_zeros_in(place)
         self.geometry = Geometry.of(tensor)
         self.grad = tensor.requires_grad
         self.probe = version_probe(tensor)
         self.version = version_of(tensor)
-        value = frame.link(tensor, keeps_zeros=keeps_zeros)
+        value = frame.link(tensor, place, keeps_zeros=keeps_zeros)
         self.head = Head(frame.run, tensor) if value is None else None
-        self.zeros = self.head is not None and not keeps_zeros and has_exact_zeros(tensor)
+        self.zeros = self.head is not None and not keeps_zeros and frame.has_zeros(tensor, place)
         self.sample = frame.run.guard.sample(tensor) if value is not None else None
         self.value = weakref.ref(value) if value is not None else None
 
@@ -168,7 +169,7 @@ class OpaqueFrame(ModuleFrame):
         self.replayed = bool(known.problem) or self.key in self.facts.kept
         given = 0 if self.replayed else known.inputs
         self.held = Arguments(self.run, args[given:], kwargs)
-        self.given = [_Input(self, tensor, keeps_zeros=self.entry.keeps_zeros_in(i)) for i, tensor in enumerate(args[:given])]
+        self.given = [_Input(self, place, tensor) for place, tensor in enumerate(args[:given])]
         if self.replayed or any(one.head is not None for one in self.given):
             self._output_sample = self.run.guard.sample(tensors[0])
         if not self.replayed:
@@ -395,7 +396,12 @@ class OpaqueFrame(ModuleFrame):
         tensors = tensors_of(arguments)
         if call.child is not child or not call.fills or [t.shape for t in tensors] != call.shapes:
             return False
-        return not tensors or self.run.guard.matches(call.sample, tensors[0], self.bounds(tensors[0]))
+        if not tensors or is_near(tensors[0].device):
+            return not tensors or self.run.guard.matches(call.sample, tensors[0], self.bounds(tensors[0]))
+        self._guard(
+            call.sample, tensors[0], zeros=False
+        )  # it did at the first try; told at the end of backward if it does not now
+        return True
 
     @staticmethod
     def _filled(call: _Call, run: Callable[[], Any], *, transient: bool) -> Any:
@@ -413,19 +419,14 @@ class OpaqueFrame(ModuleFrame):
             exact = given.head.tensor if given.head is not None else None
             got = restride(got.detach(), stride) if exact is None else exact
             inputs.append(Held(self.run.ledger, got))
-            self._guard(given.sample, got)
+            self._guard(given.sample, got, zeros=not given.keeps_zeros)
         return inputs
 
-    def _guard(self, sample: Sample | None, rebuilt: Tensor) -> None:
-        facts, key, run = self.facts, self.key, self.run
-
-        def fallback(error: float, *, below: bool) -> None:
-            facts.keep(key, self.label, f"an error of {error:.2g}", warn=not below)
-            if below:
-                run.distrust(self, 0)
-
+    def _guard(self, sample: Sample | None, rebuilt: Tensor, *, zeros: bool) -> None:
+        run = self.run
+        fallback = run.fallback(self, self.key, 0)
         source = self.outputs[0].tensor() if self.outputs else None
-        run.guard.check(sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end, source)
+        run.guard.check(sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end, source, zeros=zeros)
 
     def distrust(self, below: int | None = None) -> None:
         """Replay it from the next call on."""

@@ -22,7 +22,7 @@ Predicate = Callable[[nn.Module], bool]
 class Fallback(Protocol):
     """Marks a block, or one step of it, to be kept instead of inverted from the next call on."""
 
-    def __call__(self, error: float, *, below: bool) -> None:
+    def __call__(self, reason: str, label: str, *, below: bool) -> None:
         """``below``: the blocks before it are in doubt too."""
         ...
 
@@ -51,19 +51,33 @@ class Draws(NamedTuple):
 _UNKNOWN = Draws()
 
 
+_LOOKS = 4  # a block may be called several times a step
+
+
 class Facts:
     """What the calls of one module, or of one piece of code, have shown so far.
 
     The worst is assumed of what was never seen. ``many``: the code runs many modules, each of which may draw.
     """
 
-    __slots__ = ("_draws", "_goes", "_inversions", "_many", "kept", "looks", "writes_input", "writes_parameters")
+    __slots__ = (
+        "_draws",
+        "_goes",
+        "_inversions",
+        "_many",
+        "_without_zeros",
+        "kept",
+        "looks",
+        "writes_input",
+        "writes_parameters",
+    )
 
     def __init__(self, *, many: bool = False) -> None:
         self._many = many
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
+        self._without_zeros: dict[object, int] = {}  # how often something came in without exact zeros; -1: not always
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.looks: list[object] = []  # of what the latest call saved
         self.writes_input = True  # in place
@@ -79,6 +93,13 @@ class Facts:
             known = self._draws[training]
             draws = Draws(known.inside | draws.inside, known.outside or draws.outside)
         self._draws[training] = draws
+
+    def has_zeros(self, place: object, look: Callable[[], bool]) -> bool:
+        """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls."""
+        looks = self._without_zeros.get(place, 0)
+        if 0 <= looks < _LOOKS:
+            self._without_zeros[place] = looks = -1 if look() else looks + 1
+        return looks < 0
 
     def stays(self, budget: float) -> bool:
         """Whether what it saves will be there when backward comes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..errors import ReplayError, explain
 from ..ops import Parameter, is_doubtful, is_operation, is_view, operation, saves_result
 from ..state import PLAIN
-from ..storage import Geometry, fingerprint, restride
+from ..storage import Geometry, fingerprint, is_near, restride
 from .guard import Sample
 from .handle import LeafHandle, SlotHandle, ViewHandle
 from .value import Value
@@ -109,24 +110,17 @@ class Recipe:
         return result
 
     def _compare(self, now: Tensor, before: Tensor) -> None:
-        if now.device.type == "cpu":
+        if is_near(now.device):
             if not torch.equal(now, before) and not bool(_equal_bits(now, before).all()):
-                raise self._differs("the values that it had", "others")
+                raise self._differs(*_OTHERS)
             return
-        differs = 1.0 - _equal_bits(now, before).all().float().reshape(1)
-        same, run = Sample(None, torch.zeros_like(differs)), self._run
-        run.guard.check(same, differs, (0.0, 0.0), lambda: self.what, None, run.at_end)
+        differs = 1.0 - _equal_bits(now, before).all().float()
+        verdict = functools.partial(_verdict, self._site, self.what)
+        if not self._run.guard.later(differs, torch.zeros_like(differs), verdict, self._run.at_end):
+            verdict(float(differs))
 
     def _differs(self, expected: str, got: str) -> ReplayError:
-        _trials[self._site] = -1
-        return ReplayError(
-            explain(
-                self.what,
-                expected=f"{expected} when recomputed",
-                got=f"{got}: something was changed in place that autograd does not know of",
-                remedy="take the step again (it is held from now on), or use reversible(ops=False)",
-            )
-        )
+        return _differs(self._site, self.what, expected, got)
 
     def holds(self) -> Iterator[Tensor]:
         """Nothing: its sources are held by themselves."""
@@ -281,6 +275,26 @@ _UNKNOWN = object()
 
 _trials: dict[object, int] = {}  # by site: how often the recipe computed what was there; -1: not always
 TRUSTED = 16
+
+
+_OTHERS = ("the values that it had", "others")
+
+
+def _differs(site: object, what: str, expected: str, got: str) -> ReplayError:
+    _trials[site] = -1
+    return ReplayError(
+        explain(
+            what,
+            expected=f"{expected} when recomputed",
+            got=f"{got}: something was changed in place that autograd does not know of",
+            remedy="take the step again (it is held from now on), or use reversible(ops=False)",
+        )
+    )
+
+
+def _verdict(site: object, what: str, error: float, lost: int = 0) -> None:
+    if error or lost:
+        raise _differs(site, what, *_OTHERS)
 
 
 def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search) -> bool:

@@ -32,7 +32,7 @@ from .lean import LeanSlots
 from .local import LOCAL
 from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
-from .plan import Facts, Predicate
+from .plan import Facts, Fallback, Predicate
 from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
@@ -76,7 +76,8 @@ class Run:
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._to_purge: list[weakref.ref[Any]] = []
-        self._task_with_callback = -1
+        self._task = -1  # the latest backward pass with something to do at its end
+        self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
 
     # -- forward
@@ -326,11 +327,11 @@ class Run:
         task = torch._C._current_graph_task_id()
         if task == -1:
             return False
-        if callback is self.purge:
-            if task == self._task_with_callback:
-                return True
-            self._task_with_callback = task
-        Variable._execution_engine.queue_callback(callback)
+        if task != self._task:
+            self._task, self._queued = task, set()
+        if callback.__qualname__ not in self._queued:
+            self._queued.add(callback.__qualname__)
+            Variable._execution_engine.queue_callback(callback)
         return True
 
     def purge(self) -> None:
@@ -343,13 +344,23 @@ class Run:
             elif rebuilt is not None:
                 rebuilt.release()
 
-    def distrust(self, frame: Frame, below: int) -> None:
-        """Invert neither the steps of ``frame`` before ``below`` nor any block before it from the next call on."""
-        for other in list(self._frames):
-            if other is frame:
-                other.distrust(below)
-            elif other.ordinal < frame.ordinal:
-                other.distrust(None)
+    def fallback(self, frame: Frame, key: object, step: int) -> Fallback:
+        """Keeps a step of a frame, or the frame, from the next call on. It holds neither: it may be called when both are gone."""
+        facts, ordinal, reference = frame.facts, frame.ordinal, weakref.ref(self)
+
+        def fallback(reason: str, label: str, *, below: bool) -> None:
+            facts.keep(key, label, reason, warn=not below)
+            run = reference()
+            if below and run is not None:
+                run.distrust(ordinal, step)
+
+        return fallback
+
+    def distrust(self, ordinal: int, below: int) -> None:
+        """Invert neither the steps before ``below`` of this block nor any block before it from the next call on."""
+        for frame in list(self._frames):
+            if frame.ordinal <= ordinal:
+                frame.distrust(below if frame.ordinal == ordinal else None)
 
     # -- the books
 

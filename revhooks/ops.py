@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -180,11 +180,12 @@ class Parameter(Source):
         ModifiedError: it was modified in place since (on `get`).
     """
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_tensor", "_version", "lasts")
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = tensor._version
+        self.lasts = isinstance(tensor, nn.Parameter)  # else it is another leaf
 
     def get(self) -> Tensor:
         """The parameter."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revhooks
 from revhooks.errors import ModifiedError, ReplayError
+from revhooks.runtime import recipe
 from revhooks.runtime.recipe import TRUSTED
 
 Net = Callable[[Tensor], Tensor]
@@ -537,3 +538,24 @@ def test_every_kept_byte_is_explained() -> None:
         assert all(one.why and one.what and one.remedy for one in kept)
         assert {"Addmm", "none with a gradient"} & {one.op for one in kept}
         y.backward()
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_what_is_known_of_a_site_is_known_in_the_next_step(replayed: bool) -> None:
+    """Inputs are new in every step, parameters are not: only these tell sites apart."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.gelu(self.linear(self.norm(x)))
+
+    net, inputs, known = nn.Sequential(*(Block() for _ in range(3))), [], []
+    for _ in range(TRUSTED + 4):
+        inputs.append(torch.randn(64, 32, requires_grad=True))
+        with revhooks.reversible(replay=Block if replayed else None):
+            net(inputs[-1]).sum().backward()
+        known.append(len(recipe._trials))
+    assert known[-1] == known[4] > 0

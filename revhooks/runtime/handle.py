@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..ops import Source
 from ..storage import Geometry
@@ -20,11 +21,13 @@ __all__ = ["LeafHandle", "SlotHandle", "ViewHandle"]
 class LeafHandle(Source):
     """A parameter, another leaf, a buffer, or a tensor that is left alone: passed through, version-checked."""
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("_tensor", "_version", "lasts")
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = tensor._version
+        base = tensor._base
+        self.lasts = type(tensor if base is None else base) is Parameter  # from step to step
 
     def get(self) -> Tensor:
         """The tensor.

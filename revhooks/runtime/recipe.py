@@ -51,7 +51,7 @@ class _Step(NamedTuple):
         for part in self.inputs:
             if type(part) is _Step:
                 parts.append(part.signature())
-            elif isinstance(part, (LeafHandle, Parameter)):
+            elif isinstance(part, (LeafHandle, Parameter)) and part.lasts:
                 parts.append(part.get().untyped_storage()._cdata)
         return tuple(parts)
 
@@ -251,7 +251,7 @@ class _Search:
             self.source_bytes += value.nbytes
             if value.recipe is not None:
                 self.depth = max(self.depth, value.recipe.depth)
-        elif isinstance(part, (LeafHandle, Parameter)):
+        elif isinstance(part, (LeafHandle, Parameter)) and part.lasts:
             self.named = True
         return part
 

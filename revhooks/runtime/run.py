@@ -76,6 +76,7 @@ class Run:
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._to_purge: list[weakref.ref[Any]] = []
+        self._rebuilding: list[Frame] = []
         self._task = -1  # the latest backward pass with something to do at its end
         self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
@@ -306,9 +307,11 @@ class Run:
         """Rebuild, and leave the generators where they are even if a branch seeds them."""
         marks = self.rng.torch_marks(frame.device)
         generators = self.rng.torch_state(frame.device, marks)
+        self._rebuilding.append(frame)
         try:
             frame.rebuild(slots, transient=transient)
         finally:
+            self._rebuilding.pop()
             if self.rng.torch_marks(frame.device) != marks:
                 generators.restore()
 
@@ -318,7 +321,21 @@ class Run:
             frame.forget_outputs()
 
     def purge_later(self, rebuilt: Frame | Value) -> None:
-        """Drop what was rebuilt when the present backward pass, whose graph is retained, has ended."""
+        """Drop what was rebuilt when the present backward pass, whose graph is retained, has ended.
+
+        When the pass has come to a frame, the frames after it go, and what recipes gave. A pass goes back, so that they are
+        hardly needed again.
+        """
+        if isinstance(rebuilt, Frame):
+            pending, self._to_purge = self._to_purge, []
+            for reference in pending:
+                other = reference()
+                if isinstance(other, Value) and other.recipe is not None:
+                    other.release()
+                elif isinstance(other, Frame) and other.ordinal > rebuilt.ordinal and other not in self._rebuilding:
+                    other.purge()
+                elif other is not None:
+                    self._to_purge.append(reference)
         self._to_purge.append(weakref.ref(rebuilt))
         self.at_end(self.purge)
 

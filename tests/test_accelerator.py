@@ -108,6 +108,19 @@ def test_gradients_memory_and_nothing_left(kind: str, third: type, monkeypatch: 
         assert stats.worst_error > 0 or kind == "on a grid"
 
 
+def test_small_streams_are_compared_as_they_were(far: None) -> None:
+    """Streams of fewer elements than a sample has, inverted in their own memory before the comparison is read."""
+    net = rnn.ReversibleSequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(12)), dim=-1)
+    x = torch.randn(3, 8)
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            found, stats = step(net, x)
+            assert stats.worst_error < 1e-5
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("kind", NETS)
 def test_the_host_never_waits(kind: str, third: type, far: None) -> None:
     """Once everything is known, no value is read from the device before the end of backward."""

@@ -179,6 +179,8 @@ class Guard:
             return
         values = sample.of(rebuilt)
         if not is_near(rebuilt.device):
+            if sample.places is None:
+                values = values.clone()  # it may be written to before it is read
             if source is not None:
                 source = source.detach().reshape(-1)[:SAMPLES].clone()
             verdict = functools.partial(self._judge, bounds, label(), fallback, source, zeros)

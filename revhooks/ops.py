@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import ModifiedError, ReplayError, explain
 from .storage import is_near
 
-__all__ = ["Operation", "Parameter", "Source", "is_doubtful", "is_operation", "is_view", "operation", "saves_result"]
+__all__ = ["Leaf", "Operation", "Source", "is_doubtful", "is_operation", "is_view", "operation", "saves_result"]
 
 Edge = tuple[Any, int]
 
@@ -173,8 +173,11 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
     return make
 
 
-class Parameter(Source):
-    """A parameter as a source, where the node did not save it.
+class Leaf(Source):
+    """A parameter or another leaf as a source, where the node did not save it.
+
+    Attributes:
+        lasts: whether it is a parameter's memory, the same from step to step.
 
     Raises:
         ModifiedError: it was modified in place since (on `get`).
@@ -185,10 +188,11 @@ class Parameter(Source):
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = tensor._version
-        self.lasts = isinstance(tensor, nn.Parameter)  # else it is another leaf
+        base = tensor._base
+        self.lasts = issubclass(type(tensor if base is None else base), nn.Parameter)
 
     def get(self) -> Tensor:
-        """The parameter."""
+        """The tensor."""
         if self._tensor._version != self._version:
             raise ModifiedError(
                 explain(
@@ -203,7 +207,7 @@ class Parameter(Source):
 
 def _parameter(edge: Edge) -> Source | None:
     variable = getattr(edge[0], "variable", None)
-    return None if variable is None else Parameter(variable)
+    return None if variable is None else Leaf(variable)
 
 
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)

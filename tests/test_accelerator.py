@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +63,7 @@ def third() -> Any:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "couplings": (lambda: nn.Sequential(*(rnn.AdditiveCoupling(branch(), branch(), dim=-1) for _ in range(4))), {}),
-    "affine": (lambda: nn.Sequential(*(rnn.AffineCoupling(branch(), branch(), dim=-1) for _ in range(0)), *_affine()), {}),
+    "affine": (lambda: nn.Sequential(*_affine()), {}),
     "sequential": (lambda: rnn.ReversibleSequential(*(branch() for _ in range(8)), dim=-1), {}),
     "registered": (lambda: nn.Sequential(*(Third() for _ in range(4))), {}),
     "ordinary": (lambda: nn.Sequential(*(Block() for _ in range(4))), {}),
@@ -195,17 +194,13 @@ def test_an_edit_behind_autograds_back(far: None) -> None:
     with revhooks.reversible():
         for _ in range(3):
             one(edit=False)
-        try:
-            raised, found = False, one(edit=True)
-        except ReplayError:
-            raised = True
-        if raised:  # held from now on
-            found = one(edit=True)
+        with pytest.raises(ReplayError):
+            one(edit=True)
+        found = one(edit=True)  # held from now on
     h = linear(x)
     y = linear(F.gelu(h))
     h.data.mul_(2)
     expected = torch.autograd.grad((y + norm(h)).sum(), list(linear.parameters()))
-    assert raised
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -259,4 +254,3 @@ def test_a_stream_off_the_grid(far: None) -> None:
     net = rnn.ReversibleSequential(*(branch() for _ in range(4)), dim=-1, grid_bits=16)
     with pytest.raises(GridError), revhooks.reversible():
         net(torch.full((4, 32), 1e6))
-    gc.collect()

@@ -58,17 +58,18 @@ def relative_error(rebuilt: Tensor, original: Tensor) -> float:
         if 0.0 < scale < math.inf and error < math.inf:
             return error / scale
     if original.is_complex():
-        original, rebuilt = torch.view_as_real(original), torch.view_as_real(rebuilt.to(original.dtype))
-    if original.dtype is not torch.float64:
-        original, rebuilt = original.double(), rebuilt.double()
-    original, difference = original.reshape(-1), (rebuilt - original).reshape(-1)
-    scale = float(original.dot(original))
+        rebuilt = rebuilt.to(original.dtype)
+    original, rebuilt = _real(original).double(), _real(rebuilt).double()
+    difference = rebuilt - original
+    return math.sqrt(_ratio(float(difference.dot(difference)), float(original.dot(original))))
+
+
+def _ratio(error: float, scale: float) -> float:
     if not math.isfinite(scale):
         return 0.0
-    error = float(difference.dot(difference))
     if not math.isfinite(error):
         return math.inf
-    return math.sqrt(error / scale) if scale else math.sqrt(error)
+    return error / scale if scale else error
 
 
 def _results(pairs: Sequence[_Pending]) -> list[tuple[float, int]]:
@@ -87,9 +88,7 @@ def _results(pairs: Sequence[_Pending]) -> list[tuple[float, int]]:
         parts = (*original.split(sizes), *difference.split(sizes), *lost.split(sizes))
         norms = torch.stack(torch._foreach_norm(parts)).view(3, -1).t().tolist()
         for index, (scale, error, zeros) in zip(indices, norms, strict=True):
-            if math.isfinite(scale):
-                error = math.inf if not math.isfinite(error) else error / scale if scale else error
-                results[index] = error, round(zeros**2)
+            results[index] = _ratio(error, scale), round(zeros**2)
     return results
 
 
@@ -183,7 +182,7 @@ class Guard:
                 values = values.clone()  # it may be written to before it is read
             if source is not None:
                 source = source.detach().reshape(-1)[:SAMPLES].clone()
-            verdict = functools.partial(self._judge, bounds, label(), fallback, source, zeros)
+            verdict = functools.partial(self._judge, bounds, functools.partial(str, label()), fallback, source, zeros)
             if self.later(values, sample.values, verdict, defer):
                 return
         error = relative_error(values, sample.values)
@@ -219,22 +218,21 @@ class Guard:
     def _judge(
         self,
         bounds: tuple[float, float],
-        name: str | Callable[[], str],
+        label: Callable[[], str],
         fallback: Fallback | None,
         source: Tensor | None,
         zeros: bool,
         error: float,
         lost: int = 0,
     ) -> None:
-        label = name if isinstance(name, str) else name()
         if fallback is None:
             self._judge_replay(bounds, label, error)
             return
         if error > self.worst:
-            self.worst = WorstError(error, label)
+            self.worst = WorstError(error, label())
         mild, gross = bounds
         if zeros and lost > 1 and self.mode != "measure":  # one may be by chance
-            fallback("exact zeros that do not come back", label, below=False)
+            fallback("exact zeros that do not come back", label(), below=False)
         if error <= mild or self.mode == "measure":
             return
         if math.isinf(error) and source is not None and not bool(source.isfinite().all()):
@@ -242,24 +240,24 @@ class Guard:
             return
         reason = f"an error of {error:.2g}"
         if error > gross or self.mode == "raise":
-            fallback(reason, label, below=True)
+            fallback(reason, label(), below=True)
             raise InversionError(
                 explain(
-                    label,
+                    label(),
                     expected=f"a reconstruction within {mild:g} of its input (relative)",
                     got=f"{error:.2g}; the gradients of this step would be wrong",
                     remedy="take the step again (this block and those before it are kept from now on), use a wider dtype "
                     "for the streams, or exclude the block with keep=",
                 )
             )
-        fallback(reason, label, below=False)
+        fallback(reason, label(), below=False)
 
-    def _judge_replay(self, bounds: tuple[float, float], label: str, error: float) -> None:
+    def _judge_replay(self, bounds: tuple[float, float], label: Callable[[], str], error: float) -> None:
         if error <= 10 * bounds[0] or self.mode == "measure" or math.isinf(error):
             return
         raise ReplayError(
             explain(
-                f"replay of {label}",
+                f"replay of {label()}",
                 expected="what its forward call computed",
                 got=f"something else (relative error {error:.2g})",
                 remedy="make it do the same in every call with the same input, or exclude the block with keep=",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn import Parameter
 
-from ..ops import Source
+from ..ops import Leaf, Source
 from ..storage import Geometry
 from .value import Value, modified
 
@@ -18,16 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["LeafHandle", "SlotHandle", "ViewHandle"]
 
 
-class LeafHandle(Source):
+class LeafHandle(Leaf):
     """A parameter, another leaf, a buffer, or a tensor that is left alone: passed through, version-checked."""
 
-    __slots__ = ("_tensor", "_version", "lasts")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()
-        self._version = tensor._version
-        base = tensor._base
-        self.lasts = type(tensor if base is None else base) is Parameter  # from step to step
+    __slots__ = ()
 
     def get(self) -> Tensor:
         """The tensor.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ class Objects:
 
     __slots__ = ("_nodes", "_roots")
 
-    def __init__(self, roots: list[Any]) -> None:
+    def __init__(self, roots: Sequence[Any]) -> None:
         self._roots = roots
         self._nodes: dict[int, tuple[Any, _Contents]] = {}
         things = list(roots)
@@ -43,10 +43,10 @@ class Objects:
                 things += _parts(contents)
 
     @classmethod
-    def among(cls, leaves: Iterable[Any]) -> Objects | None:
-        """The objects among the leaves of the arguments, if there are any."""
-        roots = [leaf for leaf in leaves if _contents(leaf) is not None]
-        return cls(roots) if roots else None
+    def among(cls, arguments: Sequence[Any]) -> Objects | None:
+        """The objects among the arguments, if there are any."""
+        objects = cls(arguments)
+        return objects if objects._nodes else None
 
     def tensors(self) -> list[Tensor]:
         """The tensors in them."""

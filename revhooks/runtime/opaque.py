@@ -396,11 +396,12 @@ class OpaqueFrame(ModuleFrame):
         tensors = tensors_of(arguments)
         if call.child is not child or not call.fills or [t.shape for t in tensors] != call.shapes:
             return False
-        if not tensors or is_near(tensors[0].device):
-            return not tensors or self.run.guard.matches(call.sample, tensors[0], self.bounds(tensors[0]))
-        self._guard(
-            call.sample, tensors[0], zeros=False
-        )  # it did at the first try; told at the end of backward if it does not now
+        if not tensors:
+            return True
+        if is_near(tensors[0].device):
+            return self.run.guard.matches(call.sample, tensors[0], self.bounds(tensors[0]))
+        # it did at the first try; if it does not now, that is told at the end of backward
+        self._guard(call.sample, tensors[0], zeros=False)
         return True
 
     @staticmethod

@@ -49,8 +49,6 @@ class Draws(NamedTuple):
 
 
 _UNKNOWN = Draws()
-
-
 _LOOKS = 4  # a block may be called several times a step
 
 

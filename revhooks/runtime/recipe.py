@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ReplayError, explain
-from ..ops import Parameter, is_doubtful, is_operation, is_view, operation, saves_result
+from ..ops import Leaf, is_doubtful, is_operation, is_view, operation, saves_result
 from ..state import PLAIN
 from ..storage import Geometry, fingerprint, is_near, restride
 from .guard import Sample
-from .handle import LeafHandle, SlotHandle, ViewHandle
+from .handle import SlotHandle, ViewHandle
 from .value import Value
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class _Step(NamedTuple):
         for part in self.inputs:
             if type(part) is _Step:
                 parts.append(part.signature())
-            elif isinstance(part, (LeafHandle, Parameter)) and part.lasts:
+            elif isinstance(part, Leaf) and part.lasts:
                 parts.append(part.get().untyped_storage()._cdata)
         return tuple(parts)
 
@@ -251,7 +251,7 @@ class _Search:
             self.source_bytes += value.nbytes
             if value.recipe is not None:
                 self.depth = max(self.depth, value.recipe.depth)
-        elif isinstance(part, (LeafHandle, Parameter)) and part.lasts:
+        elif isinstance(part, Leaf) and part.lasts:
             self.named = True
         return part
 
@@ -275,8 +275,6 @@ _UNKNOWN = object()
 
 _trials: dict[object, int] = {}  # by site: how often the recipe computed what was there; -1: not always
 TRUSTED = 16
-
-
 _OTHERS = ("the values that it had", "others")
 
 

@@ -327,15 +327,7 @@ class Run:
         hardly needed again.
         """
         if isinstance(rebuilt, Frame):
-            pending, self._to_purge = self._to_purge, []
-            for reference in pending:
-                other = reference()
-                if isinstance(other, Value) and other.recipe is not None:
-                    other.release()
-                elif isinstance(other, Frame) and other.ordinal > rebuilt.ordinal and other not in self._rebuilding:
-                    other.purge()
-                elif other is not None:
-                    self._to_purge.append(reference)
+            self.purge(rebuilt)
         self._to_purge.append(weakref.ref(rebuilt))
         self.at_end(self.purge)
 
@@ -351,15 +343,22 @@ class Run:
             Variable._execution_engine.queue_callback(callback)
         return True
 
-    def purge(self) -> None:
-        """Drop what was rebuilt for one pass only."""
+    def purge(self, reached: Frame | None = None) -> None:
+        """Drop what was rebuilt for one pass only: all of it, or what is over for a pass that has reached a frame."""
         pending, self._to_purge = self._to_purge, []
         for reference in pending:
             rebuilt = reference()
-            if isinstance(rebuilt, Frame):
+            if rebuilt is not None and reached is not None and not self._is_over(rebuilt, reached):
+                self._to_purge.append(reference)
+            elif isinstance(rebuilt, Frame):
                 rebuilt.purge()
             elif rebuilt is not None:
                 rebuilt.release()
+
+    def _is_over(self, rebuilt: Frame | Value, reached: Frame) -> bool:
+        if isinstance(rebuilt, Frame):
+            return rebuilt.ordinal > reached.ordinal and rebuilt not in self._rebuilding
+        return rebuilt.recipe is not None  # else a frame before needs it
 
     def fallback(self, frame: Frame, key: object, step: int) -> Fallback:
         """Keeps a step of a frame, or the frame, from the next call on. It holds neither: it may be called when both are gone."""

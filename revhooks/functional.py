@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .errors import ShapeError, explain
+from .tracing import apply
 
 __all__ = [
     "ADDITIVE",
@@ -220,7 +221,7 @@ def round_to_grid(x: Tensor, bits: int, dtype: torch.dtype | None = None) -> Ten
         >>> round_to_grid(torch.tensor([0.3, -1.1]), 1)
         tensor([ 0.5000, -1.0000])
     """
-    return _Round.apply(x, bits, x.dtype if dtype is None else dtype)  # type: ignore[no-any-return]
+    return apply(_Round, x, bits, x.dtype if dtype is None else dtype)  # type: ignore[no-any-return]
 
 
 def grid_law(bits: int) -> Law:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -164,6 +165,57 @@ def test_functional_transforms(kind: str) -> None:
         with pytest.raises(RuntimeError, match="saved tensor hooks"):
             torch.func.grad(lambda x: loss(net(x)))(X)
         loss(net(X)).backward()
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"budget": 2048}, {"replay": nn.Linear, "ops": False}], ids=["", "budget", "replay"])
+def test_jit_trace_inside(kind: str, options: dict[str, object]) -> None:
+    """A trace is that of the model, without what is done to what it saves."""
+    net = KINDS[kind](small, 2).double().eval()
+    x = torch.randn(64, 8, dtype=torch.float64)
+    outside = torch.jit.trace(net, x, check_trace=False)
+    with revhooks.reversible(**options):  # type: ignore[arg-type]
+        inside = torch.jit.trace(net, x, check_trace=False)
+        loss(inside(x)).backward()
+    assert str(inside.inlined_graph).count(" = ") == str(outside.inlined_graph).count(" = ")
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    loss(net(x)).backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, net.parameters(), strict=True))
+
+
+RECORDED: dict[str, Callable[[], nn.Module]] = {
+    "sequence": lambda: rnn.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)]),
+    "grid": lambda: rnn.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)], grid_bits=10),
+    "affine": lambda: rnn.AffineCoupling(nn.Linear(4, 8), nn.Linear(4, 8)),
+    "momentum": lambda: rnn.MomentumSequential(nn.Linear(8, 8), nn.Linear(8, 8), exact=True),
+    "residual": lambda: rnn.InvertibleResidual(nn.Linear(8, 8)),
+    "mixing": lambda: rnn.FlowSequential(rnn.ActNorm(8), rnn.Permute.random(8), rnn.InvertibleLinear(8), rnn.LeakyReLU()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore:Dynamo detected a call")
+@pytest.mark.parametrize("how", ["trace", "export", "compile"])
+@pytest.mark.parametrize("make", RECORDED.values(), ids=RECORDED)
+def test_a_trained_block_is_deployed(make: Callable[[], nn.Module], how: str) -> None:
+    """What is recorded of it is saved, loaded and run as any module is: no Python is left in it, and no value is asked for."""
+    net, x, file = make(), torch.randn(3, 8), io.BytesIO()
+    net(x)
+    net.eval()
+    with torch.no_grad():
+        if how == "trace":
+            torch.jit.save(torch.jit.trace(net, x), file)
+            file.seek(0)
+            loaded = torch.jit.load(file)
+        elif how == "export":
+            torch.export.save(torch.export.export(net, (x,)), file)
+            file.seek(0)
+            loaded = torch.export.load(file).module()
+        else:
+            torch._dynamo.reset()
+            loaded = torch.compile(net, backend="aot_eager", fullgraph=True)
+        assert torch.equal(loaded(x), net(x))
 
 
 class Tagged(torch.Tensor):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import GridError, RegistrationError, RevhooksError, ShapeError, explain
 from ..functional import ADDITIVE, Law, affine_law, grid_law, grid_limit, round_to_grid, wide
 from ..storage import compact, is_near
+from ..tracing import is_recorded
 from .flow import invertible_with_ladj
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "RangeWatch", "Step"]
@@ -122,7 +123,7 @@ class RangeWatch:
         Raises:
             GridError: it is out of range.
         """
-        if self._bits is None or stream.is_meta:
+        if self._bits is None or stream.is_meta or is_recorded():
             return
         extreme = torch.stack(torch.aminmax(stream.detach())).abs_().max()
         if is_near(stream.device):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InversionError, ShapeError, explain
 from ..storage import is_opaque
+from ..tracing import apply, is_recorded
 
 __all__ = ["Grid", "accelerate", "brake", "extent", "grow", "on_grid", "ratio_of", "shrink", "store_plan"]
 
@@ -147,7 +148,7 @@ def on_grid(x: Tensor, bits: int) -> Tensor:
         >>> on_grid(torch.tensor([0.3, -0.1]), bits=2)
         tensor([0.2500, 0.0000])
     """
-    rounded: Tensor = _Round.apply(x, bits)
+    rounded: Tensor = apply(_Round, x, bits)
     return rounded
 
 
@@ -260,7 +261,7 @@ def accelerate(v: Tensor, push: Tensor, store: Tensor, ratio: Fraction, grid: Gr
         >>> v, brake(v, torch.tensor([0.25]), store, ratio, grid)[0]
         (tensor([0.7500]), tensor([1.]))
     """
-    result: tuple[Tensor, Tensor] = _Accelerate.apply(v, push, store, ratio, grid)
+    result: tuple[Tensor, Tensor] = apply(_Accelerate, v, push, store, ratio, grid)
     return result
 
 
@@ -283,6 +284,6 @@ def extent(x: Tensor, v: Tensor) -> list[Tensor]:
         >>> extent(torch.tensor([1.0, 2.0]), torch.tensor([0.0, -3.0]))
         [tensor([ 1.,  2., -3.,  0.])]
     """
-    if not x.numel() or x.is_meta or is_opaque(x):
+    if is_recorded() or not x.numel() or x.is_meta or is_opaque(x):
         return []
     return [torch.stack((*x.detach().aminmax(), *v.detach().aminmax()))]

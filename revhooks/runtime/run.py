@@ -22,6 +22,7 @@ from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
+from ..tracing import is_traced, untraced
 from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
@@ -122,6 +123,7 @@ class Run:
             or self.budget.limit == math.inf
             or self._shadowed()
             or torch._C._functorch.peek_interpreter_stack() is not None
+            or is_traced()
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
         )
 
@@ -139,7 +141,7 @@ class Run:
 
     def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function inside a frame that is run again in backward, and let go of what it saved at once."""
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or is_traced():
             return region.call(*args, **kwargs)
         with self._packing():
             late, inside = region.facts.writes_input, LOCAL.sink is not None or LOCAL.filling is not None
@@ -181,6 +183,9 @@ class Run:
         sink = LOCAL.sink
         if sink is not None:
             return sink[0].save(tensor, sink[1])
+        if is_traced():
+            with untraced():
+                return self.pack(tensor)
         if type(tensor) is Parameter or is_opaque(tensor) or is_leaf(tensor):
             return LeafHandle(tensor)
         unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor)

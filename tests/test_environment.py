@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -14,6 +15,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -370,7 +375,35 @@ def _parallel(rank: int, path: str, results: Any) -> None:
                 net(x).square().mean().backward()
         out.append([p.grad.clone() for p in net.parameters()] + [b.double().clone() for b in net.buffers()])
     results.put((rank, "sync", [_close(*out)]))
+    results.put((rank, "sharded", [_close(*[_sharded(how, rank, reverse) for reverse in (False, True)]) for how in SHARDED]))
     dist.destroy_process_group()
+
+
+SHARDED = ("data", "tensor")
+
+
+def _sharded(how: str, rank: int, reverse: bool) -> list[Tensor]:
+    """Gradients of blocks whose parameters lie in parts in both processes, and come together for a call or not at all."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    blocks = [rnn.AffineCoupling(*[nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 8)) for _ in "fg"]) for _ in range(3)]
+    net = nn.Sequential(*blocks, nn.LayerNorm(8), nn.Linear(8, 8)).double()
+    for block in blocks:
+        if how == "data":
+            fully_shard(block, mesh=mesh)
+            continue
+        for fn in (block.f, block.g):
+            parallelize_module(fn, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})  # type: ignore[arg-type]
+    if how == "data":
+        fully_shard(net, mesh=mesh)
+    x = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank if how == "data" else 0))
+    for _ in range(3):
+        net.zero_grad()
+        with revhooks.reversible() if reverse else contextlib.nullcontext() as run:
+            net(x).square().mean().backward()
+        assert run is None or run.stats.inversions == 2
+    grads = [p.grad for p in net.parameters()]
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]  # type: ignore[misc]
 
 
 def _close(plain: list[Tensor], rev: list[Tensor]) -> bool:
@@ -399,7 +432,7 @@ def test_data_parallel(tmp_path: Any) -> None:
     workers = [context.Process(target=_parallel, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
     for worker in workers:
         worker.start()
-    got = [results.get(timeout=240) for _ in range(4)]
+    got = [results.get(timeout=240) for _ in range(6)]
     for worker in workers:
         worker.join(timeout=60)
     assert all(all(equal) for _, _, equal in got), got

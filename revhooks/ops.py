@@ -176,20 +176,22 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
 class Leaf(Source):
     """A parameter or another leaf as a source, where the node did not save it.
 
-    Attributes:
-        lasts: whether it is a parameter's memory, the same from step to step.
-
     Raises:
         ModifiedError: it was modified in place since (on `get`).
     """
 
-    __slots__ = ("_tensor", "_version", "lasts")
+    __slots__ = ("_kind", "_tensor", "_version")
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = tensor._version
         base = tensor._base
-        self.lasts = issubclass(type(tensor if base is None else base), nn.Parameter)
+        self._kind = type(tensor if base is None else base)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is a parameter's memory, the same from step to step."""
+        return issubclass(self._kind, nn.Parameter)
 
     def get(self) -> Tensor:
         """The tensor."""

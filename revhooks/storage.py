@@ -223,20 +223,20 @@ class Ledger:
     def hold_tensor(self, tensor: Tensor) -> int:
         """Count one more reference to the tensor's storage; returns its key, for `drop`."""
         storage = tensor.untyped_storage()
-        return self.hold(storage._cdata, storage)
+        key: int = storage._cdata
+        self.hold(key, storage.nbytes())
+        return key
 
-    def hold(self, key: int, storage: torch.UntypedStorage) -> int:
-        """Count one more reference to a storage, whose key this is."""
+    def hold(self, key: int, nbytes: int) -> None:
+        """Count one more reference to a storage of so many bytes, whose key this is."""
         entry = self._entries.get(key)
         if entry is not None:
             entry[0] += 1
-            return key
-        nbytes = storage.nbytes()
+            return
         self._entries[key] = [1, nbytes]
         self.held += nbytes
         if self.held > self.peak_held:
             self.peak_held = self.held
-        return key
 
     def drop(self, key: int) -> None:
         """Count one reference less; must be called while the tensor is alive."""

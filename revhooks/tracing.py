@@ -18,7 +18,7 @@ def is_traced() -> bool:
         >>> is_traced()
         False
     """
-    return torch._C._is_tracing()
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return]
 
 
 def is_recorded() -> bool:

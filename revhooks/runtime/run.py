@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import Parameter
 
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
@@ -81,6 +81,8 @@ class Run:
         self._task = -1  # the latest backward pass with something to do at its end
         self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
+
+    unpack = operator.methodcaller("get")  # the unpack hook, of a Source
 
     # -- forward
 
@@ -183,10 +185,10 @@ class Run:
         sink = LOCAL.sink
         if sink is not None:
             return sink[0].save(tensor, sink[1])
-        if is_traced():
+        if torch._C._is_tracing():
             with untraced():
                 return self.pack(tensor)
-        if type(tensor) is Parameter or is_opaque(tensor) or is_leaf(tensor):
+        if type(tensor) is not Tensor or is_leaf(tensor) or is_opaque(tensor):
             return LeafHandle(tensor)
         unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor)
         return self._pack_value(tensor, unshared=unshared)
@@ -203,7 +205,7 @@ class Run:
         elif self._ops and not value.pinned and Geometry.of(tensor) == value.geometry:
             note_output(tensor, value)
         value.pin(tensor)
-        value.count_packed(tensor)
+        value.count_packed()
         geometry = Geometry.of(tensor)
         return value if geometry == value.geometry else ViewHandle(value, geometry)
 
@@ -219,7 +221,6 @@ class Run:
             value = Value(self, base if whole else tensor, NEWEST, what, slots.values)
             value.maker = type(tensor.grad_fn)
             value.pinned = True
-            value.nbytes = tensor.untyped_storage().nbytes()
             if whole:
                 value.recipe = recipe_of(self, base, what, slots)
                 self._let_go(value)
@@ -253,7 +254,7 @@ class Run:
         value = Value(self, tensor if plain else base, ORDINARY, place)
         value.maker = type(tensor.grad_fn)
         value.pinned = True
-        value.count_packed(tensor)
+        value.count_packed()
         if plain:
             return value
         code = code_of(tensor, place) if unshared and base is tensor else None
@@ -273,11 +274,6 @@ class Run:
         if self._offload is not None and self._offload.takes(tensor) and not is_leaf(tensor) and not tensor.is_inference():
             return HeldAway(self._offload, tensor.detach())
         return Held(self.ledger, tensor.detach())  # Rule 2
-
-    @staticmethod
-    def unpack(handle: Source) -> Tensor:
-        """The unpack hook."""
-        return handle.get()
 
     def found(self, tensor: Tensor) -> Value | None:
         """The Value that lies in the tensor's storage (Rule 3)."""

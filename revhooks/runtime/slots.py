@@ -92,13 +92,15 @@ class Slots:
                 alive.append(0)
                 continue
             looks.append(((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), is_input))
-            keys.append(hold(key, storage))
+            size = storage.nbytes()
+            hold(key, size)
+            keys.append(key)
             alive.append(1)
             self.live += 1
             frame.saves_input |= is_input
             if key not in packed:
                 packed.add(key)
-                nbytes += storage.nbytes()
+                nbytes += size
         if looks == facts.looks:  # as in nearly every call
             self._looks = facts.looks  # type: ignore[assignment]
         else:
@@ -232,8 +234,7 @@ class Slots:
             if self._verify(index, tensor) and self._alive[index]:
                 if tensors[index] is not None:
                     ledger.drop(keys[index])
-                storage = tensor.untyped_storage()
-                keys[index] = ledger.hold(storage._cdata, storage)
+                keys[index] = ledger.hold_tensor(tensor)
                 tensors[index] = tensor
         saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
 

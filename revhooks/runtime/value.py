@@ -89,7 +89,7 @@ class Value(Source):
     def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
         storage = tensor.untyped_storage()
         self.run = run
-        self.key = key = storage._cdata
+        self.key = self._tensor_key = key = storage._cdata
         self.version = tensor._version
         self.dtype = tensor.dtype
         self.why = why
@@ -107,8 +107,8 @@ class Value(Source):
         self._dim = 0
         self._probe: Tensor | None = None
         self._reserved: object = None
-        self._tensor_key = run.ledger.hold(key, storage)
-        self.nbytes = 0  # of the memory that it stands for
+        self.nbytes = nbytes = storage.nbytes()  # of the memory that it stands for
+        run.ledger.hold(key, nbytes)
         self.values = run.values if values is None else values  # where it can be found
         self.values[key] = weakref.ref(self)
 
@@ -153,18 +153,12 @@ class Value(Source):
         Raises:
             ModifiedError: it was modified in place since (Rule 8).
         """
-        return self.view(None)
-
-    def view(self, geometry: Geometry | None) -> Tensor:
-        """What a handle saw: the tensor, or a view of its memory with another geometry.
-
-        Raises:
-            ModifiedError: it was modified in place since (Rule 8).
-        """
+        tensor = self._tensor
+        if tensor is not None and self._probe is None and tensor._version == self.version:
+            return tensor
         if self.current_version != self.version:
             raise modified(self.what, self.geometry.size, self.version, self.current_version)
-        tensor = self.tensor()
-        return tensor if geometry is None else torch.as_strided(tensor, *geometry)
+        return self.tensor()
 
     def tensor(self) -> Tensor:
         """The tensor, with its own strides.
@@ -197,13 +191,11 @@ class Value(Source):
         if now != self._tensor_version or not all(piece.intact for piece in self._pieces or ()):
             raise modified(f"the output of {self.what}", self.geometry.size, self.version, now)
 
-    def count_packed(self, tensor: Tensor) -> int:
-        """Plain autograd would hold its storage; the bytes that this adds."""
-        if self._packed:
-            return 0
-        self._packed = self.nbytes = tensor.untyped_storage().nbytes()
-        self.run.ledger.pack(self._packed)
-        return self._packed
+    def count_packed(self) -> None:
+        """Plain autograd would hold its memory."""
+        if not self._packed:
+            self._packed = self.nbytes
+            self.run.ledger.pack(self._packed)
 
     def take(self, pieces: Sequence[Tensor], dim: int) -> None:
         """A frame opens on it, split into ``pieces`` along ``dim``, which replace the tensor."""

@@ -91,6 +91,20 @@ class Counting(PythonNoise):
         return self.net(x) * torch.sigmoid(self.count)
 
 
+class Carrying(PythonNoise):
+    """Carries a state from call to call, in an attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        y = y if self.state is None else y * (1 + torch.tanh(self.state))
+        self.state = y.detach()
+        return y
+
+
 class Flaky(PythonNoise):
     broken = False
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
-__all__ = ["PLAIN", "Buffers", "Modes", "untouched"]
+__all__ = ["PLAIN", "Buffers", "Modes", "give_attributes", "modules_of", "own_attributes", "untouched"]
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -117,7 +117,7 @@ class Buffers:
     def __init__(self, roots: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
         self._owned = owned
         self._before = self._written = self._first = ()
-        self._modules = modules = _modules_of(roots)
+        self._modules = modules = modules_of(roots)
         self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
         owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := module._parameters)]
@@ -194,6 +194,10 @@ class Buffers:
         names = (name for owner, _ in self._owners for name, tensor in owner.items() if tensor is changed[0])
         return next(names, "one that was replaced")
 
+    def copies(self) -> list[Tensor]:
+        """Of the buffers that the call reads and changes: as they were."""
+        return [before for _, _, before, _ in self._before]
+
     @property
     def trivial(self) -> bool:
         """Whether a replay has nothing to put back."""
@@ -229,8 +233,8 @@ class Buffers:
         now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
         for owner, name, buffer in now[: len(self._written)]:
             owner[name] = None if buffer is None else buffer.detach().clone()
-        for owner, name, before, _ in self._before:
-            owner[name] = before.clone()
+        for owner, name, before, buffer in self._before:
+            owner[name] = before.clone().requires_grad_(buffer.requires_grad)  # it may be a state that carries gradients
         try:
             yield
         finally:
@@ -244,7 +248,7 @@ class Buffers:
                 module.__dict__["training"] = training
 
 
-def _modules_of(roots: Sequence[nn.Module]) -> list[nn.Module]:
+def modules_of(roots: Sequence[nn.Module]) -> list[nn.Module]:
     """The modules and all below them, each once."""
     modules, seen = list(roots), set(roots)
     for module in modules:  # which grows
@@ -263,7 +267,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
     copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
     owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
     registered = [(owner, dict(owner)) for owner in owners]
-    own = [(module.__dict__, _snapshot(module.__dict__)) for module in modules]
+    own = [(module, _snapshot(module)) for module in modules]
     try:
         yield
     finally:
@@ -273,33 +277,40 @@ def untouched(root: nn.Module) -> Iterator[None]:
         for tensor, copy, version in copies:
             if tensor._version != version or not _same(tensor, copy):
                 _overwrite(tensor, copy)
-        for attributes, snapshot in own:
-            _put_back(attributes, snapshot)
+        for module, snapshot in own:
+            give_attributes(module, {name: value for name, (value, _) in snapshot.items()})
+            for value, contents in snapshot.values():
+                if isinstance(value, list):
+                    value[:] = contents
+                elif contents is not None:
+                    value.clear()
+                    value.update(contents)
 
 
 # What every module has, and what is handled by itself
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
 
 
-def _snapshot(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those that not every module has, without parameters, buffers and children."""
+    return {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
+
+
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """All attributes of its own, lists and dictionaries with their contents."""
     return {
         name: (value, value.copy() if isinstance(value, (list, dict, set)) else None)
-        for name, value in attributes.items()
-        if name not in _STANDARD
+        for name, value in own_attributes(module).items()
     }
 
 
-def _put_back(attributes: dict[str, Any], snapshot: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in attributes if name not in _STANDARD and name not in snapshot]:
-        del attributes[name]
-    for name, (value, contents) in snapshot.items():
-        attributes[name] = value
-        if isinstance(value, list):
-            value[:] = contents
-        elif contents is not None:
-            value.clear()
-            value.update(contents)
+def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Let these be the module's own attributes, or those of these names."""
+    attributes = module.__dict__
+    for name in own_attributes(module) if names is None else names:
+        if name not in own:
+            attributes.pop(name, None)
+    attributes.update(own)
 
 
 def _add_key(keys: set[int], tensor: Tensor | None) -> None:

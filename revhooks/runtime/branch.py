@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModifiedError, explain
 from ..generators import Rng
 from ..state import PLAIN, Buffers, Modes
+from ..storage import Held
+from .attributes import Attributes
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -25,17 +28,20 @@ class CallState:
     """What a call depends on besides its arguments, so that it can be repeated exactly (Rules 6 and 7)."""
 
     __slots__ = (
+        "_attributes",
         "_buffers",
+        "_copies",
         "_device",
         "_kinds",
+        "_ledger",
         "_modes",
         "_tracker",
         "drew",
         "facts",
-        "foreseen",
         "grad",
         "rng",
         "rng_after",
+        "surprise",
     )
 
     def __init__(
@@ -44,14 +50,18 @@ class CallState:
         self._device = frame.device
         self.facts = facts
         self._buffers = Buffers(roots, frame.external, closely=facts.writes_parameters, owned=owned)
+        known = facts.attributes[bool(roots) and roots[0].training]
+        self._attributes = Attributes(frame.run, roots, known) if known.changes.possible else None
         self._modes = Modes.of_call(frame.device) if local else frame.modes
         self.grad = torch.is_grad_enabled()
         self._tracker = frame.run.rng
+        self._ledger = frame.run.ledger
+        self._copies: list[Held] = []  # of buffers
         self.rng: Rng | None = self._tracker.capture(frame.device, frame.draws) if frame.draws else None
         self._kinds = frame.draws
         self.drew: frozenset[str] = frozenset()
         self.rng_after: Rng | None = None
-        self.foreseen = True
+        self.surprise = ""  # why the call cannot be repeated
 
     def finish(self, moved: set[int]) -> None:
         """After the call: note whether it drew random numbers, and what it changed."""
@@ -60,9 +70,14 @@ class CallState:
             self.drew = self.rng.moved(self.rng_after)
             if not self.drew:
                 self.rng = self.rng_after = None
-        self.foreseen, wrote = self._buffers.finish()
+        foreseen, wrote = self._buffers.finish()
+        if not foreseen:
+            self.surprise = "it changed a parameter or buffer that it had not changed before"
+        if self._attributes is not None and not self._attributes.finish():
+            self.surprise = "it changed a tensor in an attribute in place that it had not changed before"
         self.facts.writes_parameters = wrote
         self._buffers.add_moved(moved)
+        self._copies = [Held(self._ledger, copy) for copy in self._buffers.copies()]
 
     def check(self, label: str) -> None:
         """Raise if a parameter or buffer that the call read was modified since (Rule 8).
@@ -92,16 +107,22 @@ class CallState:
         try:
             modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
             if modes is None:
-                return self._with_buffers(call)
+                return self._with_state(call)
             with modes.restored():
-                return self._with_buffers(call)
+                return self._with_state(call)
         finally:
             torch._C._set_grad_enabled(before)
             if now is not None:
                 now.restore()
 
-    def _with_buffers(self, call: Callable[[], _T]) -> _T:
-        if self._buffers.trivial:
+    def carried(self) -> Iterator[Tensor]:
+        """The tensors in buffers and attributes that it holds as they were."""
+        yield from (held.tensor for held in self._copies)
+        if self._attributes is not None:
+            yield from self._attributes.tensors()
+
+    def _with_state(self, call: Callable[[], _T]) -> _T:
+        if self._attributes is None and self._buffers.trivial:
             return call()
-        with self._buffers.replayed():
+        with self._buffers.replayed(), contextlib.nullcontext() if self._attributes is None else self._attributes.replayed():
             return call()

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..functional import ADDITIVE
 from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
+from .arguments import Arguments
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Arguments, Head, ModuleFrame
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, STATE, Head, ModuleFrame
 from .guard import Sample
 from .local import LOCAL
 from .objects import Objects
@@ -231,8 +232,8 @@ class CouplingFrame(ModuleFrame):
             for cursor in (self._anchor, *(state.cursor for state in self._states)):
                 if branch.source is not None and cursor is not None and cursor.position == branch.index:
                     cursor.streams[branch.step.source] = branch.source
-        elif not branch.state.foreseen:
-            branch.keep("it changed a parameter or buffer that it had not changed before", self._hold(target.detach()))
+        elif branch.state.surprise:
+            branch.keep(branch.state.surprise, self._hold(target.detach()))
         elif self.is_chain and not self.draws and self.surprised():
             branch.keep(DREW, self._hold(target.detach()))
 
@@ -398,6 +399,8 @@ class CouplingFrame(ModuleFrame):
         for tensor in self.arguments.tensors() if self.arguments is not None else ():
             yield ARGUMENT, self.label, tensor
         for branch in self.branches:
+            for tensor in branch.state.carried():
+                yield STATE, self.label, tensor
             for stream in (branch.target, branch.source):
                 if stream is not None:
                     yield branch.why_kept or _EXACT, self.label, stream.tensor

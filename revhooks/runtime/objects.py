@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Former", "Objects", "Seen"]
+from ..state import own_attributes
+
+__all__ = ["Former", "Objects", "Own", "Seen"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range})
 _DICTS = (dict, OrderedDict, defaultdict)
@@ -26,12 +28,18 @@ _MOST = 4000  # things that are looked at
 
 
 class Objects:
-    """What the objects among the arguments of a call hold, recorded before the call."""
+    """What the objects among the arguments of a call hold, recorded before the call.
 
-    __slots__ = ("_nodes", "_roots")
+    Args:
+        roots: the arguments.
+        deep: look into what they hold, too.
+    """
 
-    def __init__(self, roots: Sequence[Any]) -> None:
+    __slots__ = ("_deep", "_nodes", "_roots")
+
+    def __init__(self, roots: Sequence[Any], *, deep: bool = True) -> None:
         self._roots = roots
+        self._deep = deep
         self._nodes: dict[int, tuple[Any, _Contents]] = {}
         things = list(roots)
         for thing in things:  # which grows
@@ -40,7 +48,8 @@ class Objects:
                 return
             if id(thing) not in self._nodes and (contents := _contents(thing)) is not None:
                 self._nodes[id(thing)] = thing, contents
-                things += _parts(contents)
+                if deep:
+                    things += _parts(contents)
 
     @classmethod
     def among(cls, arguments: Sequence[Any]) -> Objects | None:
@@ -52,11 +61,32 @@ class Objects:
         """The tensors in them."""
         return [part for _, contents in self._nodes.values() for part in _parts(contents) if isinstance(part, Tensor)]
 
-    def changed(self) -> set[int]:
-        """The ids of those that do not hold what they held."""
-        return {key for key, (thing, contents) in self._nodes.items() if not _is_same(_contents(thing), contents)}
+    def changed(self, written: Set[int] = frozenset()) -> set[int]:
+        """The ids of those that do not hold what they held, or hold a tensor that was written to, by its id."""
+        return {
+            key
+            for key, (thing, contents) in self._nodes.items()
+            if not _is_same(_contents(thing), contents) or (written and any(id(part) in written for part in _parts(contents)))
+        }
 
-    def formers(self, hold: Callable[[Tensor], Any]) -> dict[int, Former]:
+    def narrow(self) -> None:
+        """After the call: of modules' attributes leave those that a tensor is in, or was."""
+
+        def before(thing: Any) -> _Contents | None:
+            node = self._nodes.get(id(thing))
+            return None if node is None else node[1]
+
+        def carries(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:
+            return _leads_to_tensor(thing, contents_of) if self._deep else isinstance(thing, Tensor)
+
+        for key, (own, contents) in self._nodes.items():
+            if type(own) is Own and isinstance(contents, dict):
+                now = own.now()
+                own.names = {name for name, value in contents.items() if carries(value, before)}
+                own.names |= {name for name, value in now.items() if name not in own.names and carries(value, _contents)}
+                self._nodes[key] = own, {name: value for name, value in contents.items() if name in own.names}
+
+    def formers(self, hold: Callable[[Tensor], Any], written: Set[int] = frozenset()) -> dict[int, Former]:
         """What a replay gets for an argument, by the argument's id: what leads to nothing that was changed is not there.
 
         Tensors in what the call changed are held. Of other tensors it is not known whether the call has read them: a replay
@@ -64,12 +94,13 @@ class Objects:
 
         Args:
             hold: gives something that stands for the tensor.
+            written: ids of tensors that the call has written to.
         """
-        changed = self.changed()
+        changed = self.changed(written)
         if not changed:
             return {}
-        classes = {type(self._nodes[key][0]) for key in changed}  # what is of the same kind may change later
-        copied = {key for key, (thing, _) in self._nodes.items() if type(thing) in classes}
+        classes = {type(self._nodes[key][0]) for key in changed} - {Own}  # what is of the same kind may change later
+        copied = changed | {key for key, (thing, _) in self._nodes.items() if type(thing) in classes}
         grown = True
         while grown:
             leading = {key for key, (_, contents) in self._nodes.items() if any(id(part) in copied for part in _parts(contents))}
@@ -86,14 +117,34 @@ class Objects:
         frozen: dict[int, tuple[type, _Contents]] = {}
         for key in copied:
             thing, contents = self._nodes[key]
-            held = key in changed
+            kind, held = dict if type(thing) is Own else type(thing), key in changed
             if isinstance(contents, dict):
                 for name, part in contents.items():
                     contents[name] = freeze(part, held=held)
-                frozen[key] = type(thing), contents
+                frozen[key] = kind, contents
             else:
-                frozen[key] = type(thing), [freeze(part, held=held) for part in contents]
+                frozen[key] = kind, [freeze(part, held=held) for part in contents]
         return {id(root): Former(frozen, id(root)) for root in self._roots if id(root) in frozen}
+
+
+class Own:
+    """A module's own attributes, which a call may change as it may an object among its arguments.
+
+    Attributes:
+        module: whose they are.
+        names: of those that carry tensors; ``None``: of all.
+    """
+
+    __slots__ = ("module", "names")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.names: Set[str] | None = None
+
+    def now(self) -> dict[str, Any]:
+        """What they are now."""
+        own, names = own_attributes(self.module), self.names
+        return own if names is None else {name: value for name, value in own.items() if name in names}
 
 
 _Contents = dict[Any, Any] | list[Any]
@@ -102,6 +153,8 @@ _Contents = dict[Any, Any] | list[Any]
 def _contents(thing: Any) -> _Contents | None:
     """What a container or an object holds; ``None`` for what is taken as a whole."""
     kind = type(thing)
+    if kind is Own:
+        return thing.now()  # type: ignore[no-any-return]
     if kind in _PLAIN or isinstance(thing, _WHOLE):
         return None
     if kind in _DICTS:
@@ -114,6 +167,18 @@ def _contents(thing: Any) -> _Contents | None:
     return own.copy()
 
 
+def _leads_to_tensor(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:
+    """Whether it is one, or holds things that do."""
+    things, seen = [thing], set()
+    for part in things:  # which grows
+        if isinstance(part, Tensor):
+            return True
+        if id(part) not in seen and len(things) <= _MOST:
+            seen.add(id(part))
+            things += _parts(contents_of(part) or [])
+    return False
+
+
 def _parts(contents: _Contents) -> Iterable[Any]:
     return contents.values() if isinstance(contents, dict) else contents
 
@@ -121,7 +186,11 @@ def _parts(contents: _Contents) -> Iterable[Any]:
 def _is_same(now: _Contents | None, before: _Contents) -> bool:
     if now is None or len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
         return False
-    return all(a is b for a, b in zip(_parts(now), _parts(before), strict=True))
+    return all(a is b or _is_equal(a, b) for a, b in zip(_parts(now), _parts(before), strict=True))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and type(a) in _PLAIN and bool(a == b)
 
 
 class _Link:

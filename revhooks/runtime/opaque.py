@@ -14,8 +14,9 @@ from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
+from .arguments import Arguments
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Arguments, Head, ModuleFrame
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, STATE, Head, ModuleFrame
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
@@ -120,8 +121,9 @@ class OpaqueFrame(ModuleFrame):
             output = original(self.module, *args, **kwargs)
         self.state.finish(self.moved)
         self.end([self.state, *(call.state for call in self.calls)])
-        if not all(state.foreseen for state in (self.state, *(call.state for call in self.calls))):
-            self.keep("it changed a parameter or buffer that it had not changed before")
+        for state in (self.state, *(call.state for call in self.calls)):
+            if state.surprise:
+                self.keep(state.surprise)
         if [version_of(t) for t in tensors] != versions:
             self.keep("it changes its input in place")
         if objects is not None and objects.changed():
@@ -298,6 +300,9 @@ class OpaqueFrame(ModuleFrame):
                 yield HEAD, self.label, head
         for tensor in self.held.tensors() if self.held is not None else ():
             yield ARGUMENT, self.label, tensor
+        for state in (self.state, *(call.state for call in self.calls)):
+            for tensor in state.carried():
+                yield STATE, self.label, tensor
         for slots in self._all_slots():
             for saved in slots.held():
                 yield why, self.label, saved

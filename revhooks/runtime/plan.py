@@ -49,7 +49,43 @@ class Draws(NamedTuple):
 
 
 _UNKNOWN = Draws()
-_LOOKS = 4  # a block may be called several times a step
+
+
+class Finding:
+    """Something that is looked for in the first calls, until it is found."""
+
+    __slots__ = ("_looks",)
+
+    LOOKS = 4  # a block may be called several times a step
+
+    def __init__(self) -> None:
+        self._looks = 0  # in vain; -1: found
+
+    @property
+    def found(self) -> bool:
+        """Whether it was there once."""
+        return self._looks < 0
+
+    @property
+    def possible(self) -> bool:
+        """Whether it was found, or is still looked for."""
+        return self._looks < self.LOOKS
+
+    def note(self, found: bool) -> None:
+        """What a look has shown."""
+        self._looks = -1 if found or self._looks < 0 else self._looks + 1
+
+
+class AttributeFacts:
+    """What calls have shown to do with the attributes of their modules; ``deep``: also in lists and objects there."""
+
+    __slots__ = ("changes", "deep", "reads", "writes")
+
+    def __init__(self, *, deep: bool = False) -> None:
+        self.deep = deep
+        self.changes = Finding()  # one of them
+        self.reads = Finding()  # a tensor in those that it changes
+        self.writes = Finding()  # to a tensor in one of them, in place
 
 
 class Facts:
@@ -63,7 +99,8 @@ class Facts:
         "_goes",
         "_inversions",
         "_many",
-        "_without_zeros",
+        "_zeros",
+        "attributes",
         "kept",
         "looks",
         "writes_input",
@@ -75,7 +112,8 @@ class Facts:
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
-        self._without_zeros: dict[object, int] = {}  # how often something came in without exact zeros; -1: not always
+        self._zeros: dict[object, Finding] = {}  # exact zeros in what comes in at a place
+        self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.looks: list[object] = []  # of what the latest call saved
         self.writes_input = True  # in place
@@ -94,10 +132,12 @@ class Facts:
 
     def has_zeros(self, place: object, look: Callable[[], bool]) -> bool:
         """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls."""
-        looks = self._without_zeros.get(place, 0)
-        if 0 <= looks < _LOOKS:
-            self._without_zeros[place] = looks = -1 if look() else looks + 1
-        return looks < 0
+        zeros = self._zeros.get(place)
+        if zeros is None:
+            zeros = self._zeros[place] = Finding()
+        if zeros.possible and not zeros.found:
+            zeros.note(look())
+        return zeros.found
 
     def stays(self, budget: float) -> bool:
         """Whether what it saves will be there when backward comes."""
@@ -106,6 +146,10 @@ class Facts:
     def learn_stays(self, budget: float, stays: bool) -> None:
         """Remember whether it was: at a larger budget what stays will stay, at a smaller one what goes will go."""
         self._goes = min(self._goes, math.nextafter(budget, -math.inf)) if stays else max(self._goes, budget)
+
+    def look_again(self) -> None:
+        """At attributes, and deeper: a call could not be repeated."""
+        self.attributes = (AttributeFacts(deep=True), AttributeFacts(deep=True))
 
     def inversion(self, key: object) -> Inversion | None:
         """What the first try of the inverse has shown for these shapes, if there was one."""

@@ -15,8 +15,9 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from ..ops import Source
 from ..storage import version_of
+from .arguments import Arguments
 from .branch import CallState
-from .frame import ARGUMENT, NEWEST, Arguments, Frame
+from .frame import ARGUMENT, NEWEST, STATE, Frame
 from .guard import Sample
 from .local import LOCAL, saving_to
 from .objects import Objects
@@ -156,8 +157,8 @@ class ReplayFrame(Frame):
             output = original(*args, **kwargs)
         self.state.finish(self.moved)
         self.end([self.state])
-        if not self.state.foreseen:
-            self.keep("it changed a parameter or buffer that it had not changed before")
+        if self.state.surprise:
+            self.keep(self.state.surprise)
         self.facts.writes_input = [version_of(tensor) for tensor in tensors] != versions
         if self.facts.writes_input:
             self.keep("it changes its input in place")
@@ -191,10 +192,14 @@ class ReplayFrame(Frame):
         self.run.replays.add(self)
 
         fill = slots.fill_and_stop if self._early_stop else slots.fill
-        self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
-        rebuilt = self._slot_watched
-        if rebuilt is not None:
-            self.verify_replay(self._sample, rebuilt, lambda: self.label)
+        try:
+            self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
+            rebuilt = self._slot_watched
+            if rebuilt is not None:
+                self.verify_replay(self._sample, rebuilt, lambda: self.label)
+        except Exception:
+            self.facts.look_again()
+            raise
 
     @property
     def _slot_watched(self) -> Tensor | None:
@@ -218,6 +223,8 @@ class ReplayFrame(Frame):
         """Arguments, and slots that are kept or rebuilt."""
         for tensor in self.held.tensors():
             yield ARGUMENT, self.label, tensor
+        for tensor in self.state.carried():
+            yield STATE, self.label, tensor
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
             yield why, self.label, saved

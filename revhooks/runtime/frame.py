@@ -203,7 +203,7 @@ class Frame(abc.ABC):
     def verify_replay(self, sample: Sample | None, output: Tensor, label: Callable[[], str]) -> None:
         """Where a replay starts from what was kept, nothing else shows that it repeats the call (Rule 9)."""
         if sample is not None:
-            self.run.guard.check(sample, output, self.bounds(output), label, None, self.run.at_end)
+            self.run.guard.check_replay(sample, output, self.bounds(output), label, self.facts.look_again, self.run.at_end)
 
 
 _EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere

@@ -160,35 +160,56 @@ class Guard:
         rebuilt: Tensor,
         bounds: tuple[float, float],
         label: Callable[[], str],
-        fallback: Fallback | None,
+        fallback: Fallback,
         defer: Defer,
         source: Tensor | None = None,
         *,
         zeros: bool = True,
     ) -> None:
-        """Compare a reconstruction from ``source``, or without ``fallback`` a replay, with its sample.
+        """Compare a reconstruction from ``source`` with its sample.
 
         Exact zeros have to come back if ``zeros``; forward has looked for them unless that would have made it wait.
 
         Raises:
-            ReplayError: a replay computes something else than forward did.
             InversionError: the error is gross, or past the tolerance with ``guard="raise"``.
         """
         if sample is None:
             return
-        values = sample.of(rebuilt)
         if not is_near(rebuilt.device):
-            if sample.places is None:
-                values = values.clone()  # it may be written to before it is read
             if source is not None:
                 source = source.detach().reshape(-1)[:SAMPLES].clone()
             verdict = functools.partial(self._judge, bounds, functools.partial(str, label()), fallback, source, zeros)
-            if self.later(values, sample.values, verdict, defer):
+            if self._is_deferred(sample, rebuilt, verdict, defer):
                 return
-        error = relative_error(values, sample.values)
-        if fallback is None and error <= bounds[0]:
+        self._judge(bounds, label, fallback, source, zeros, relative_error(sample.of(rebuilt), sample.values))
+
+    def check_replay(
+        self,
+        sample: Sample | None,
+        rebuilt: Tensor,
+        bounds: tuple[float, float],
+        label: Callable[[], str],
+        learn: Callable[[], None],
+        defer: Defer,
+    ) -> None:
+        """Compare what a replay gave with a sample of what forward had; ``learn`` is called if they differ.
+
+        Raises:
+            ReplayError: it computes something else than forward did.
+        """
+        if sample is None:
             return
-        self._judge(bounds, label, fallback, source, zeros, error)
+        if not is_near(rebuilt.device):
+            verdict = functools.partial(self._judge_replay, bounds, functools.partial(str, label()), learn)
+            if self._is_deferred(sample, rebuilt, verdict, defer):
+                return
+        self._judge_replay(bounds, label, learn, relative_error(sample.of(rebuilt), sample.values))
+
+    def _is_deferred(self, sample: Sample, rebuilt: Tensor, verdict: Verdict, defer: Defer) -> bool:
+        values = sample.of(rebuilt)
+        if sample.places is None:
+            values = values.clone()  # it may be written to before it is read
+        return self.later(values, sample.values, verdict, defer)
 
     def later(self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer) -> bool:
         """Give the result to ``verdict`` at the end of this backward pass; ``False`` outside of one.
@@ -219,15 +240,12 @@ class Guard:
         self,
         bounds: tuple[float, float],
         label: Callable[[], str],
-        fallback: Fallback | None,
+        fallback: Fallback,
         source: Tensor | None,
         zeros: bool,
         error: float,
         lost: int = 0,
     ) -> None:
-        if fallback is None:
-            self._judge_replay(bounds, label, error)
-            return
         if error > self.worst:
             self.worst = WorstError(error, label())
         mild, gross = bounds
@@ -252,9 +270,12 @@ class Guard:
             )
         fallback(reason, label(), below=False)
 
-    def _judge_replay(self, bounds: tuple[float, float], label: Callable[[], str], error: float) -> None:
+    def _judge_replay(
+        self, bounds: tuple[float, float], label: Callable[[], str], learn: Callable[[], None], error: float, _: int = 0
+    ) -> None:
         if error <= 10 * bounds[0] or self.mode == "measure" or math.isinf(error):
             return
+        learn()
         raise ReplayError(
             explain(
                 f"replay of {label()}",

@@ -194,12 +194,12 @@ class ReplayFrame(Frame):
         fill = slots.fill_and_stop if self._early_stop else slots.fill
         try:
             self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
-            rebuilt = self._slot_watched
-            if rebuilt is not None:
-                self.verify_replay(self._sample, rebuilt, lambda: self.label)
         except Exception:
             self.facts.look_again()
             raise
+        rebuilt = self._slot_watched
+        if rebuilt is not None:
+            self.verify_replay(self._sample, rebuilt, lambda: self.label)
 
     @property
     def _slot_watched(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
@@ -76,9 +76,9 @@ def _overwrites_unread(module: nn.Module) -> bool:
     """Whether the module's statistics are written in this call and not read by it.
 
     BatchNorm in training normalises with the batch's own statistics, and its kernel updates the running
-    ones without a version bump.
+    ones without a version bump. InstanceNorm's saves copies of them.
     """
-    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+    return isinstance(module, _BatchNorm) and module.training and module.track_running_stats
 
 
 class Buffers:
@@ -145,9 +145,9 @@ class Buffers:
             return
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
-            self._first += ((module, {n: (b, b.detach().clone(), b._version) for n, b in present}),)
+            self._first += ((module, {n: (b, _copy(b), b._version) for n, b in present}),)
         elif known:
-            self._before += tuple((owner, n, buffer.detach().clone(), buffer) for n, buffer in present if n in known)
+            self._before += tuple((owner, n, _copy(buffer), buffer) for n, buffer in present if n in known)
             if owned:
                 self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
         elif owned:
@@ -233,8 +233,8 @@ class Buffers:
         now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
         for owner, name, buffer in now[: len(self._written)]:
             owner[name] = None if buffer is None else buffer.detach().clone()
-        for owner, name, before, buffer in self._before:
-            owner[name] = before.clone().requires_grad_(buffer.requires_grad)  # it may be a state that carries gradients
+        for owner, name, before, _ in self._before:
+            owner[name] = before.clone()  # no leaf, where it carries gradients: it may be written to
         try:
             yield
         finally:
@@ -311,6 +311,10 @@ def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str]
         if name not in own:
             attributes.pop(name, None)
     attributes.update(own)
+
+
+def _copy(buffer: Tensor) -> Tensor:
+    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
 
 
 def _add_key(keys: set[int], tensor: Tensor | None) -> None:

@@ -47,8 +47,9 @@ class Arguments:
 
     def give_former(self, objects: Objects, save: Callable[[Tensor], Give] | None = None) -> None:
         """After the call: of the objects among them give those that it has changed as they were."""
-        formers = objects.formers(lambda tensor: self._hold(tensor, save))
-        if formers:
+        changed = objects.changed()
+        if changed:
+            formers = objects.formers(lambda tensor: self._hold(tensor, save), changed)
             self._held = map_leaves(lambda leaf: formers.get(id(leaf), leaf), self._held)
 
     def tensors(self) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["CallState"]
 
 _T = TypeVar("_T")
+_NOTHING = contextlib.nullcontext()
 
 
 class CallState:
@@ -63,6 +64,11 @@ class CallState:
         self.rng_after: Rng | None = None
         self.surprise = ""  # why the call cannot be repeated
 
+    def watched(self) -> contextlib.AbstractContextManager[Any]:
+        """A context for the call, which sees what has to be seen of it."""
+        watch = self._attributes.watch if self._attributes is not None else None
+        return _NOTHING if watch is None else watch
+
     def finish(self, moved: set[int]) -> None:
         """After the call: note whether it drew random numbers, and what it changed."""
         if self.rng is not None:
@@ -74,7 +80,7 @@ class CallState:
         if not foreseen:
             self.surprise = "it changed a parameter or buffer that it had not changed before"
         if self._attributes is not None and not self._attributes.finish():
-            self.surprise = "it changed a tensor in an attribute in place that it had not changed before"
+            self.surprise = self.surprise or "it changed a tensor in an attribute in place that it had not changed before"
         self.facts.writes_parameters = wrote
         self._buffers.add_moved(moved)
         self._copies = [Held(self._ledger, copy) for copy in self._buffers.copies()]

@@ -206,7 +206,8 @@ class CouplingFrame(ModuleFrame):
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
         LOCAL.sink = (branch.slots, self)
         objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
-        update = step.evaluate(source, args, kwargs)
+        with branch.state.watched():
+            update = step.evaluate(source, args, kwargs)
         branch.slots.close(self, branch.state.facts)
         branch.state.finish(self.moved)
         LOCAL.sink = None if branch.glue is None else (branch.glue, self)

@@ -203,7 +203,12 @@ class Frame(abc.ABC):
     def verify_replay(self, sample: Sample | None, output: Tensor, label: Callable[[], str]) -> None:
         """Where a replay starts from what was kept, nothing else shows that it repeats the call (Rule 9)."""
         if sample is not None:
-            self.run.guard.check_replay(sample, output, self.bounds(output), label, self.facts.look_again, self.run.at_end)
+            self.check_replay(sample.copy_of(output), sample.values, label)
+
+    def check_replay(self, rebuilt: Tensor, original: Tensor, label: Callable[[], str]) -> None:
+        """Compare elements that a replay gave, in memory of their own, with those that forward had."""
+        run = self.run
+        run.guard.check_replay(rebuilt, original, self.bounds(original), label, self.facts.look_again, run.at_end)
 
 
 _EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere

@@ -44,6 +44,11 @@ def tolerance(dtype: torch.dtype) -> tuple[float, float]:
     return _TOLERANCE.get(dtype, (0.0, 0.0))
 
 
+def is_measured(tensor: Tensor) -> bool:
+    """Whether it has elements that can be compared up to a tolerance."""
+    return tensor.dtype in _TOLERANCE and tensor.numel() > 0 and not tensor.is_meta
+
+
 def relative_error(rebuilt: Tensor, original: Tensor) -> float:
     """Relative L2 error; 0 where the original is not finite, infinite where only the rebuilt is not.
 
@@ -107,6 +112,10 @@ class Sample(NamedTuple):
         """The elements of another tensor at the same places; of a small tensor no copy."""
         return tensor.detach() if self.places is None else tensor.detach().take(self.places)
 
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """The same as a copy, for what may be written to before it is read."""
+        return tensor.detach().clone() if self.places is None else self.of(tensor)
+
 
 class _Pending(NamedTuple):
     """A comparison whose result an accelerator still has. It names no frame: what was rebuilt is not to live longer for it."""
@@ -131,7 +140,7 @@ class Guard:
 
     def sample(self, tensor: Tensor) -> Sample | None:
         """A copy of a few hundred elements from everywhere; ``None`` when the guard is off."""
-        if self.mode == "off" or tensor.dtype not in _TOLERANCE or not tensor.numel() or tensor.is_meta:
+        if self.mode == "off" or not is_measured(tensor):
             return None
         tensor = tensor.detach()
         if tensor.numel() <= SAMPLES:
@@ -179,37 +188,29 @@ class Guard:
             if source is not None:
                 source = source.detach().reshape(-1)[:SAMPLES].clone()
             verdict = functools.partial(self._judge, bounds, functools.partial(str, label()), fallback, source, zeros)
-            if self._is_deferred(sample, rebuilt, verdict, defer):
+            if self.later(sample.copy_of(rebuilt), sample.values, verdict, defer):
                 return
         self._judge(bounds, label, fallback, source, zeros, relative_error(sample.of(rebuilt), sample.values))
 
     def check_replay(
         self,
-        sample: Sample | None,
         rebuilt: Tensor,
+        original: Tensor,
         bounds: tuple[float, float],
         label: Callable[[], str],
         learn: Callable[[], None],
         defer: Defer,
     ) -> None:
-        """Compare what a replay gave with a sample of what forward had; ``learn`` is called if they differ.
+        """Compare elements that a replay gave with those that forward had; ``learn`` is called if they differ.
 
         Raises:
             ReplayError: it computes something else than forward did.
         """
-        if sample is None:
-            return
         if not is_near(rebuilt.device):
             verdict = functools.partial(self._judge_replay, bounds, functools.partial(str, label()), learn)
-            if self._is_deferred(sample, rebuilt, verdict, defer):
+            if self.later(rebuilt, original, verdict, defer):
                 return
-        self._judge_replay(bounds, label, learn, relative_error(sample.of(rebuilt), sample.values))
-
-    def _is_deferred(self, sample: Sample, rebuilt: Tensor, verdict: Verdict, defer: Defer) -> bool:
-        values = sample.of(rebuilt)
-        if sample.places is None:
-            values = values.clone()  # it may be written to before it is read
-        return self.later(values, sample.values, verdict, defer)
+        self._judge_replay(bounds, label, learn, relative_error(rebuilt, original))
 
     def later(self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer) -> bool:
         """Give the result to ``verdict`` at the end of this backward pass; ``False`` outside of one.

@@ -114,22 +114,16 @@ class LeanSlots(Slots):
                 self._ledger.packed -= self._packed
                 self._packed = 0
 
-    def latest(self) -> int | None:
-        """The place of what was saved last, of what is held itself."""
+    def there(self) -> list[tuple[int, Tensor]]:
+        """What is held itself, of what a replay can bring back, with its place."""
         if self._plain:
-            return super().latest()
-        places = reversed(range(len(self._alive)))
-        return next((i for i in places if self._alive[i] and self._is_there(self.tensors[i])), None)
+            return super().there()
+        return [(i, entry.get()) for i, entry in enumerate(self.tensors) if self._alive[i] and self._is_there(entry)]
 
     @staticmethod
     def _is_there(entry: Any) -> bool:
         value = getattr(entry, "value", entry)
         return value is not None and getattr(value, "recipe", None) is None
-
-    def peek(self, index: int) -> Tensor | None:
-        """What is in a slot, if anything."""
-        entry = self.tensors[index]
-        return entry.get() if isinstance(entry, Source) else entry
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""

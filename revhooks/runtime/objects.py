@@ -1,5 +1,7 @@
 """Objects among the arguments of a call that it changes, as it does a key/value cache, and what they were before.
 
+So are the attributes of its modules.
+
 A replay needs them as they were: a cache to which the keys of a layer are appended must not have them yet. So it gets
 copies of what was changed and of what leads there; nothing else is copied, and the objects themselves stay as they are.
 """
@@ -35,11 +37,10 @@ class Objects:
         deep: look into what they hold, too.
     """
 
-    __slots__ = ("_deep", "_nodes", "_roots")
+    __slots__ = ("_nodes", "_roots")
 
     def __init__(self, roots: Sequence[Any], *, deep: bool = True) -> None:
         self._roots = roots
-        self._deep = deep
         self._nodes: dict[int, tuple[Any, _Contents]] = {}
         things = list(roots)
         for thing in things:  # which grows
@@ -61,32 +62,66 @@ class Objects:
         """The tensors in them."""
         return [part for _, contents in self._nodes.values() for part in _parts(contents) if isinstance(part, Tensor)]
 
-    def changed(self, written: Set[int] = frozenset()) -> set[int]:
-        """The ids of those that do not hold what they held, or hold a tensor that was written to, by its id."""
+    def changed(self, written: Set[int] = frozenset(), *, records: bool = True) -> set[int]:
+        """The ids of those that do not hold what they held.
+
+        Args:
+            written: ids of tensors that the call has written to; what holds one does not hold what it held.
+            records: count lists that have only grown.
+        """
         return {
             key
             for key, (thing, contents) in self._nodes.items()
-            if not _is_same(_contents(thing), contents) or (written and any(id(part) in written for part in _parts(contents)))
+            if (written and any(id(part) in written for part in _parts(contents)))
+            or (not _is_same(now := _contents(thing), contents) and (records or not _has_grown(now, contents)))
         }
 
-    def narrow(self) -> None:
-        """After the call: of modules' attributes leave those that a tensor is in, or was."""
+    def narrow(self, changed: Set[int], written: Set[int]) -> set[int]:
+        """Of modules' attributes leave those that lead to a tensor, and have been changed; what of ``changed`` is left then."""
 
         def before(thing: Any) -> _Contents | None:
             node = self._nodes.get(id(thing))
             return None if node is None else node[1]
 
-        def carries(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:
-            return _leads_to_tensor(thing, contents_of) if self._deep else isinstance(thing, Tensor)
+        owns = {key: (own, contents) for key, (own, contents) in self._nodes.items() if type(own) is Own}
+        moving = self._leading(changed - owns.keys()) | written
+        kept: set[int] = set()
+        replaced: list[Any] = []
+        for key, (own, contents) in owns.items():
+            was, now = dict(contents), own.now()
+            own.names = {
+                name
+                for name in was.keys() | now.keys()
+                if (was.get(name) is not now.get(name) or id(was.get(name)) in moving)
+                and (id(was.get(name)) in moving or not _has_grown(now.get(name), was.get(name)))
+                and (_leads_to_tensor(was.get(name), before) or _leads_to_tensor(now.get(name), _contents))
+            }
+            left = {name: value for name, value in was.items() if name in own.names}
+            self._nodes[key] = own, left
+            if own.names:
+                kept.add(key)
+            replaced += [value for name, value in left.items() if now.get(name) is not value]
+        return kept | self._reached(replaced) | (changed & self._reached([own for own, _ in owns.values()]))
 
-        for key, (own, contents) in self._nodes.items():
-            if type(own) is Own and isinstance(contents, dict):
-                now = own.now()
-                own.names = {name for name, value in contents.items() if carries(value, before)}
-                own.names |= {name for name, value in now.items() if name not in own.names and carries(value, _contents)}
-                self._nodes[key] = own, {name: value for name, value in contents.items() if name in own.names}
+    def _reached(self, things: list[Any]) -> set[int]:
+        """The ids of what was recorded among these, and in them."""
+        seen: set[int] = set()
+        for thing in things:  # which grows
+            if id(thing) in self._nodes and id(thing) not in seen:
+                seen.add(id(thing))
+                things += _parts(self._nodes[id(thing)][1])
+        return seen
 
-    def formers(self, hold: Callable[[Tensor], Any], written: Set[int] = frozenset()) -> dict[int, Former]:
+    def _leading(self, keys: Set[int]) -> set[int]:
+        """These, and what leads to them."""
+        found, grown = set(keys), True
+        while grown:
+            leading = {key for key, (_, contents) in self._nodes.items() if any(id(part) in found for part in _parts(contents))}
+            grown = not leading <= found
+            found |= leading
+        return found
+
+    def formers(self, hold: Callable[[Tensor], Any], changed: set[int]) -> dict[int, Former]:
         """What a replay gets for an argument, by the argument's id: what leads to nothing that was changed is not there.
 
         Tensors in what the call changed are held. Of other tensors it is not known whether the call has read them: a replay
@@ -94,18 +129,12 @@ class Objects:
 
         Args:
             hold: gives something that stands for the tensor.
-            written: ids of tensors that the call has written to.
+            changed: ids of what was changed.
         """
-        changed = self.changed(written)
-        if not changed:
-            return {}
+        for key in list(changed):  # what is in a tuple goes with it
+            changed |= self._reached([part for part in _parts(self._nodes[key][1]) if type(part) is tuple])
         classes = {type(self._nodes[key][0]) for key in changed} - {Own}  # what is of the same kind may change later
-        copied = changed | {key for key, (thing, _) in self._nodes.items() if type(thing) in classes}
-        grown = True
-        while grown:
-            leading = {key for key, (_, contents) in self._nodes.items() if any(id(part) in copied for part in _parts(contents))}
-            grown = not leading <= copied
-            copied |= leading
+        copied = self._leading(changed | {key for key, (thing, _) in self._nodes.items() if type(thing) in classes})
 
         def freeze(part: Any, *, held: bool) -> Any:
             if id(part) in copied:
@@ -132,7 +161,7 @@ class Own:
 
     Attributes:
         module: whose they are.
-        names: of those that carry tensors; ``None``: of all.
+        names: of those that count; ``None``: of all.
     """
 
     __slots__ = ("module", "names")
@@ -165,6 +194,13 @@ def _contents(thing: Any) -> _Contents | None:
     if type(own) is not dict or kind.__new__ is not object.__new__:  # type: ignore[comparison-overlap]
         return None
     return own.copy()
+
+
+def _has_grown(now: Any, before: Any) -> bool:
+    """Whether both are what a list holds, and nothing but more has come."""
+    if type(now) is not list or type(before) is not list or len(now) <= len(before):
+        return False
+    return all(a is b for a, b in zip(before, now, strict=False))
 
 
 def _leads_to_tensor(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:

@@ -117,7 +117,7 @@ class OpaqueFrame(ModuleFrame):
         def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
             return self._forward_branch(child, proceed, a, k, recording=known is None)
 
-        with saving_to(self.glue, self, self.facts), shadowed(self._children, branch):
+        with saving_to(self.glue, self, self.facts), shadowed(self._children, branch), self.state.watched():
             output = original(self.module, *args, **kwargs)
         self.state.finish(self.moved)
         self.end([self.state, *(call.state for call in self.calls)])
@@ -145,7 +145,7 @@ class OpaqueFrame(ModuleFrame):
         inputs = self.input_keys
         self.input_keys = inputs | {storage_key(t) for t in tensors_of((args, kwargs))}
         try:
-            with saving_to(call.slots, self, call.state.facts):
+            with saving_to(call.slots, self, call.state.facts), call.state.watched():
                 output = proceed(*args, **kwargs)
         finally:
             self.input_keys = inputs

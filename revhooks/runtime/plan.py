@@ -67,6 +67,11 @@ class Finding:
         return self._looks < 0
 
     @property
+    def sought(self) -> bool:
+        """Whether it is still looked for."""
+        return 0 <= self._looks < self.LOOKS
+
+    @property
     def possible(self) -> bool:
         """Whether it was found, or is still looked for."""
         return self._looks < self.LOOKS
@@ -77,15 +82,20 @@ class Finding:
 
 
 class AttributeFacts:
-    """What calls have shown to do with the attributes of their modules; ``deep``: also in lists and objects there."""
+    """What calls have shown to do with the attributes of their modules.
 
-    __slots__ = ("changes", "deep", "reads", "writes")
+    ``failed``: a replay has, so that numbers and records there may be part of a state, and what others put there.
+    """
 
-    def __init__(self, *, deep: bool = False) -> None:
-        self.deep = deep
-        self.changes = Finding()  # one of them
-        self.reads = Finding()  # a tensor in those that it changes
-        self.writes = Finding()  # to a tensor in one of them, in place
+    __slots__ = ("changes", "failed", "reads", "writes")
+
+    def __init__(self, *, failed: bool = False) -> None:
+        self.failed = failed
+        self.changes = Finding()  # whether one of them is a tensor that they replace or write to
+        self.reads = Finding()  # whether they read such a tensor
+        self.writes = Finding()  # whether they write to one
+        if failed:
+            self.changes.note(True)
 
 
 class Facts:
@@ -103,6 +113,7 @@ class Facts:
         "attributes",
         "kept",
         "looks",
+        "repeatable",
         "writes_input",
         "writes_parameters",
     )
@@ -116,6 +127,7 @@ class Facts:
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.looks: list[object] = []  # of what the latest call saved
+        self.repeatable = True
         self.writes_input = True  # in place
         self.writes_parameters = True  # past their version counters
 
@@ -135,7 +147,7 @@ class Facts:
         zeros = self._zeros.get(place)
         if zeros is None:
             zeros = self._zeros[place] = Finding()
-        if zeros.possible and not zeros.found:
+        if zeros.sought:
             zeros.note(look())
         return zeros.found
 
@@ -148,8 +160,9 @@ class Facts:
         self._goes = min(self._goes, math.nextafter(budget, -math.inf)) if stays else max(self._goes, budget)
 
     def look_again(self) -> None:
-        """At attributes, and deeper: a call could not be repeated."""
-        self.attributes = (AttributeFacts(deep=True), AttributeFacts(deep=True))
+        """At all attributes: a call could not be repeated. Once more, and it never can."""
+        self.repeatable = not self.attributes[0].failed
+        self.attributes = (AttributeFacts(failed=True), AttributeFacts(failed=True))
 
     def inversion(self, key: object) -> Inversion | None:
         """What the first try of the inverse has shown for these shapes, if there was one."""
@@ -161,15 +174,15 @@ class Facts:
             self._inversions.clear()
         self._inversions[key] = inversion
 
-    def keep(self, key: object, label: str, reason: str, *, warn: bool = True) -> None:
+    def keep(
+        self, key: object, label: str, reason: str, *, warn: bool = True, expected: str = "an inverse within tolerance"
+    ) -> None:
         """From the next call on keep instead of inverting; warn once."""
         if key in self.kept:
             return
         self.kept.add(key)
         if warn:
-            message = explain(
-                label, expected="an inverse within tolerance", got=reason, remedy="check(module, *inputs) shows more"
-            )
+            message = explain(label, expected=expected, got=reason, remedy="check(module, *inputs) shows more")
             warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
 
 

@@ -18,10 +18,10 @@ from ..storage import version_of
 from .arguments import Arguments
 from .branch import CallState
 from .frame import ARGUMENT, NEWEST, STATE, Frame
-from .guard import Sample
 from .local import LOCAL, saving_to
 from .objects import Objects
 from .plan import Facts, facts_of
+from .sketch import Sketch
 from .slots import Slots
 from .tree import leaves_of
 from .value import Value
@@ -133,8 +133,7 @@ class ReplayFrame(Frame):
         self.region = region
         self.slots = run.slots(self, 0, region.facts, replayed=True)
         self.held = Arguments(run, (), {})
-        self._watched: int | None = None  # the slot by which a replay is known
-        self._sample: Sample | None = None  # of it
+        self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
         self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
 
     @property
@@ -153,12 +152,17 @@ class ReplayFrame(Frame):
             tensors += objects.tensors()
         versions = [version_of(tensor) for tensor in tensors]
         self.state = CallState(self, self.region.roots, self.region.facts, owned=self.region.owned)
-        with saving_to(self.slots, self, self.facts):
+        with saving_to(self.slots, self, self.facts), self.state.watched():
             output = original(*args, **kwargs)
         self.state.finish(self.moved)
         self.end([self.state])
         if self.state.surprise:
             self.keep(self.state.surprise)
+        if not self.facts.repeatable and self.run.guard.mode == "fallback":
+            self.facts.keep(
+                "replay", self.label, "replays of two calls that did not", expected="the same in a replay as in the call"
+            )
+            self.keep("its replays do not do what it does")
         self.facts.writes_input = [version_of(tensor) for tensor in tensors] != versions
         if self.facts.writes_input:
             self.keep("it changes its input in place")
@@ -169,15 +173,14 @@ class ReplayFrame(Frame):
         return output
 
     def release(self) -> None:
-        """Let go of every slot, but for a sample by which the replay is known."""
+        """Let go of every slot, but for a sketch by which the replay is known."""
         if self.released or self.why_kept:
             return
         if not self.slots.intact():
             self.keep("a tensor that it saved was changed in place")
             return
-        self._watched = self.slots.latest()
-        watched = self._slot_watched
-        self._sample = self.run.guard.sample(watched) if watched is not None else None
+        if self.run.guard.mode != "off":
+            self._sketch = Sketch(self.slots.there())
         self.released = True
         self.slots.release()
 
@@ -194,16 +197,14 @@ class ReplayFrame(Frame):
         fill = slots.fill_and_stop if self._early_stop else slots.fill
         try:
             self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
-        except Exception:
-            self.facts.look_again()
+        except Exception as problem:
+            if not isinstance(problem, torch.OutOfMemoryError):
+                self.facts.look_again()
+                problem.add_note(f"It came from the replay of {self.label}; its call in forward did not raise it.")
             raise
-        rebuilt = self._slot_watched
-        if rebuilt is not None:
-            self.verify_replay(self._sample, rebuilt, lambda: self.label)
-
-    @property
-    def _slot_watched(self) -> Tensor | None:
-        return self.slots.peek(self._watched) if self._watched is not None else None
+        if self._sketch is not None:
+            for rebuilt, original in Sketch(self.slots.there()).differences(self._sketch):
+                self.check_replay(rebuilt, original, lambda: self.label)
 
     def supply(self) -> None:
         """Nothing before it depends on it."""

@@ -142,14 +142,9 @@ class Slots:
             self._ledger.packed -= self._packed
             self._packed = 0
 
-    def latest(self) -> int | None:
-        """The place of what was saved last, of what a replay can bring back."""
-        return next((i for i in reversed(range(len(self._keys))) if self._alive[i] and self.tensors[i] is not None), None)
-
-    def peek(self, index: int) -> Tensor | None:
-        """What is in a slot, if anything."""
-        tensor: Tensor | None = self.tensors[index]
-        return tensor
+    def there(self) -> list[tuple[int, Tensor]]:
+        """What is held itself, of what a replay can bring back, with its place."""
+        return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""

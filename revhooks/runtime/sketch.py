@@ -1,0 +1,76 @@
+"""Some elements of each of many tensors: by them a replay shows that it repeats its call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..storage import is_near
+from .guard import is_measured
+
+__all__ = ["Sketch"]
+
+ELEMENTS = 32  # of each tensor
+
+
+class _Group(NamedTuple):
+    """Of the tensors of one dtype on one device: their places, how many elements of each, and these."""
+
+    places: list[int]
+    sizes: list[int]
+    elements: Tensor
+
+    def is_like(self, other: _Group) -> bool:
+        if not is_near(self.elements.device) or self.places != other.places:
+            return False
+        return torch.equal(self.elements, other.elements)
+
+    def parts(self) -> dict[int, Tensor]:
+        return dict(zip(self.places, self.elements.split(self.sizes), strict=True))
+
+
+class Sketch:
+    """Evenly spread elements of tensors with real or complex numbers, each known by its place.
+
+    Example:
+        >>> before, after = Sketch([(0, torch.zeros(3)), (1, torch.ones(2))]), Sketch([(1, torch.zeros(2))])
+        >>> after.differences(before)
+        [(tensor([0., 0.]), tensor([1., 1.]))]
+    """
+
+    __slots__ = ("_groups",)
+
+    def __init__(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        found: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
+        for place, tensor in tensors:
+            if is_measured(tensor):
+                places, parts = found.setdefault((tensor.dtype, tensor.device), ([], []))
+                places.append(place)
+                parts.append(_some(tensor.detach()))
+        self._groups = {
+            key: _Group(places, [part.numel() for part in parts], torch.cat(parts)) for key, (places, parts) in found.items()
+        }
+
+    def differences(self, before: Sketch) -> list[tuple[Tensor, Tensor]]:
+        """What is here and what was before, of the tensors that are in both and may differ; an accelerator is not asked."""
+        pairs = []
+        for key, group in self._groups.items():
+            former = before._groups.get(key)
+            if former is None or group.is_like(former):
+                continue
+            parts = former.parts()
+            pairs += [(part, parts[place]) for place, part in group.parts().items() if place in parts]
+        return pairs
+
+
+def _some(tensor: Tensor) -> Tensor:
+    numel = tensor.numel()
+    if numel <= ELEMENTS:
+        return tensor.reshape(-1)
+    step = (numel // ELEMENTS - 1) | 1  # odd: not in step with rows and channels, whose widths are mostly even
+    if tensor.is_contiguous():
+        return tensor.as_strided((ELEMENTS,), (step,), tensor.storage_offset())
+    return tensor.take(torch.arange(0, ELEMENTS * step, step, device=tensor.device))

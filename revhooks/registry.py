@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from .errors import RegistrationError, explain
 
-__all__ = ["ACTIVE", "Registration", "invertible", "lookup", "register", "registered", "unregister"]
+__all__ = ["ACTIVE", "Registration", "in_place_of", "invertible", "lookup", "register", "registered", "unregister"]
 
 Inverse = str | Callable[..., Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -90,14 +91,26 @@ ACTIVE = _Active()
 _REGISTRY: dict[type, Registration] = {}
 
 
+def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, which names no global, as a function of the original's module and name.
+
+    `torch.jit.script` takes the source of the original, and looks its names up in the globals of what it was given.
+    """
+    if isinstance(original, FunctionType) and isinstance(method, FunctionType):
+        method = FunctionType(method.__code__, original.__globals__, original.__name__, None, method.__closure__)
+    return functools.update_wrapper(method, original)
+
+
 def _bracket(original: Callable[..., Any], entry: Registration) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = ACTIVE.run
-        if run is None or torch.compiler.is_compiling():
+    active, is_compiling = ACTIVE, torch.compiler.is_compiling
+
+    def bracketed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = active.run
+        if run is None or is_compiling():
             return original(self, *args, **kwargs)
         return run.call(entry, original, self, args, kwargs)
 
+    method = in_place_of(original, bracketed)
     method.__revhooks__ = entry  # type: ignore[attr-defined]
     return method
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ class Buffers:
         "_owned",
         "_owners",
         "_read",
+        "_scripted",
         "_versions",
         "_written",
     )
@@ -120,12 +122,17 @@ class Buffers:
         self._modules = modules = modules_of(roots)
         self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
-        owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := module._parameters)]
+        owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := _plain_dict(module._parameters))]
         self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = owners
+        self._scripted: list[tuple[Tensor, Tensor]] = []
         if any(module._buffers for module in modules):
             for module in modules:
                 if module._buffers:
-                    self._note_buffers(module, keys, owned=owned)
+                    if type(module._buffers) in _DICTS:
+                        self._note_buffers(module, keys, owned=owned)
+                    else:
+                        present = [buffer for buffer in _plain_dict(module._buffers).values() if buffer is not None]
+                        self._scripted += [(buffer, _copy(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
         self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
@@ -158,6 +165,8 @@ class Buffers:
         """Learn what the call changed: whether that was foreseen, and, looked at closely, whether it wrote parameters."""
         wrote = bool(self._copies) and not all(map(_same, self._read, self._copies))
         self._copies = ()
+        kept = all(_same(buffer, copy) for buffer, copy in self._scripted)  # a script's buffers take no others in their places
+        self._scripted = []
         for module, copies in self._first:
             owner: _Owner = module._buffers
             moved = set()
@@ -172,9 +181,9 @@ class Buffers:
             self._first = ()
             versions = self._versions
             self._collect()
-            return self._versions[: len(versions)] == versions and not wrote, wrote
+            return self._versions[: len(versions)] == versions and not wrote and kept, wrote
         if [tensor._version for tensor in self._read] == self._versions:
-            return not wrote, wrote
+            return not wrote and kept, wrote
         for owner, _ in self._owners:
             _forget(owner)
         return False, wrote
@@ -217,8 +226,7 @@ class Buffers:
     def replayed(self) -> Iterator[None]:
         """Put back what the call saw, and afterwards what is there now."""
         modes = [module.training for module in self._modules]
-        for module, training in zip(self._modules, self._modes, strict=True):
-            module.__dict__["training"] = training
+        _switch(self._modules, self._modes)
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
         for owner, tensors in self._owners:
             for name, tensor in zip(list(owner), tensors, strict=False):
@@ -244,8 +252,21 @@ class Buffers:
                 tensor.requires_grad_(not tensor.requires_grad)
             for owner, name, current in swapped:
                 owner[name] = current
-            for module, training in zip(self._modules, modes, strict=True):
-                module.__dict__["training"] = training
+            _switch(self._modules, modes)
+
+
+_DICTS = (dict, OrderedDict)
+
+
+def _plain_dict(owner: Any) -> _Owner:
+    """A module's parameters or buffers; those of a script are read through a wrapper, and stay where they are."""
+    return owner if type(owner) in _DICTS else dict(owner.items())
+
+
+def _switch(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
+    for module, training in zip(modules, modes, strict=True):
+        if module.training is not training:
+            module.training = training
 
 
 def modules_of(roots: Sequence[nn.Module]) -> list[nn.Module]:

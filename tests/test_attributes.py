@@ -487,3 +487,17 @@ def test_passes(passes: str) -> None:
 
 def _interrupt(_: Tensor) -> None:
     raise KeyError
+
+
+def test_a_checkpoint_that_cannot_be_repeated_raises_each_time() -> None:
+    """It was asked for; a block that a class names is kept instead, in the end."""
+    calls: list[int] = []
+
+    def other(x: Tensor) -> Tensor:
+        calls.append(1)
+        return (x * len(calls)).exp().sin()
+
+    for _ in range(4):
+        y = revhooks.checkpoint(other, X.clone().requires_grad_())
+        with pytest.raises(ReplayError):
+            y.sum().backward()

@@ -190,6 +190,49 @@ def test_jit_trace_inside(kind: str, options: dict[str, object]) -> None:
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, net.parameters(), strict=True))
 
 
+class Scripted(nn.Module):
+    """Its layers are a TorchScript module."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.jit.script(nn.Sequential(*layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layers(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", ["replay", "blocks"])
+def test_torchscript_inside(kind: str, norm: bool) -> None:
+    """Its parameters are watched, not swapped; a call that changes its buffers is kept. A named class can be scripted."""
+    with revhooks.reversible(replay=nn.Linear):
+        nn.Linear(2, 2)(torch.ones(1, 2)).sum().backward()
+
+    def layers(width: int) -> nn.Module:
+        return Scripted(nn.Linear(width, width), *[nn.BatchNorm1d(width)][: int(norm)], nn.GELU())
+
+    results = []
+    for context in (contextlib.nullcontext, lambda: revhooks.reversible(replay=Scripted)):
+        torch.manual_seed(0)
+        blocks = [layers(8) if kind == "replay" else rnn.AdditiveCoupling(layers(4), layers(4)) for _ in range(3)]
+        net = nn.Sequential(*blocks).double()
+        seen: list[Tensor] = []
+        with context() as run:
+            for training in (True, True, False, True):
+                net.train(training)
+                net.zero_grad()
+                first, second = loss(net(X)), loss(net(2 * X))
+                net.eval()
+                (first + second).backward()
+                assert not any(module.training for module in net.modules())
+                seen += [p.grad.clone() for p in net.parameters()] + [b.clone().double() for b in net.buffers()]  # type: ignore[union-attr]
+        results.append(seen)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*results, strict=True))
+    assert run.stats.replays + run.stats.inversions > 0
+    assert run.stats.held_bytes == 0
+
+
 RECORDED: dict[str, Callable[[], nn.Module]] = {
     "sequence": lambda: rnn.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)]),
     "grid": lambda: rnn.ReversibleSequential(*[nn.Linear(4, 4) for _ in range(3)], grid_bits=10),

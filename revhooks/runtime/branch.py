@@ -128,7 +128,13 @@ class CallState:
             yield from self._attributes.tensors()
 
     def _with_state(self, call: Callable[[], _T]) -> _T:
-        if self._attributes is None and self._buffers.trivial:
+        if self._attributes is not None:
+            with self._attributes.replayed():
+                return self._with_buffers(call)
+        return self._with_buffers(call)
+
+    def _with_buffers(self, call: Callable[[], _T]) -> _T:
+        if self._buffers.trivial:
             return call()
-        with self._buffers.replayed(), contextlib.nullcontext() if self._attributes is None else self._attributes.replayed():
+        with self._buffers.replayed():
             return call()

@@ -6,14 +6,13 @@ own; a predicate may mean any module, so `torch.nn.Module.__call__` is. Outside 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..registry import ACTIVE
+from ..registry import ACTIVE, in_place_of
 
 __all__ = ["bracket"]
 
@@ -43,12 +42,12 @@ def _bracket(cls: type, name: str) -> None:
         return
     _bracketed.add((cls, name))
     original: Callable[..., Any] = getattr(cls, name)
+    active, is_compiling = ACTIVE, torch.compiler.is_compiling
 
-    @functools.wraps(original)
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run: Any = ACTIVE.run
-        if run is None or torch.compiler.is_compiling():
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = active.run
+        if run is None or is_compiling():
             return original(self, *args, **kwargs)
-        return run.call_named(original, self, args, kwargs)
+        return run.call_named(original, self, args, kwargs)  # type: ignore[attr-defined]
 
-    setattr(cls, name, method)
+    setattr(cls, name, in_place_of(original, method))

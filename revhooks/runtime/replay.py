@@ -35,10 +35,11 @@ __all__ = ["FunctionModule", "Region", "ReplayFrame"]
 class Region:
     """What is to be run again: a function, the modules whose state it depends on, and what is known of it."""
 
-    __slots__ = ("call", "facts", "name", "owned", "roots", "training")
+    __slots__ = ("call", "facts", "name", "named", "owned", "roots", "training")
 
     def __init__(self, fn: Callable[..., Any], args: Any) -> None:
         self.call = fn
+        self.named = False  # by its class, not by a call of `checkpoint`, which is obeyed
         owner = _owner_of(fn)
         self.owned = owner is not None  # else the modules are those that it may call, not those that it does
         self.roots = [owner] if owner is not None else list(_modules_reached(fn, args))
@@ -51,6 +52,7 @@ class Region:
         """A module's call, by a method of its class."""
         region = cls(module, ())
         region.call = functools.partial(forward, module)
+        region.named = True
         return region
 
     def module(self) -> nn.Module:
@@ -158,7 +160,7 @@ class ReplayFrame(Frame):
         self.end([self.state])
         if self.state.surprise:
             self.keep(self.state.surprise)
-        if not self.facts.repeatable and self.run.guard.mode == "fallback":
+        if self.region.named and not self.facts.repeatable and self.run.guard.mode == "fallback":
             self.facts.keep(
                 "replay", self.label, "replays of two calls that did not", expected="the same in a replay as in the call"
             )

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
-__all__ = ["PLAIN", "Buffers", "Modes", "give_attributes", "modules_of", "own_attributes", "untouched"]
+__all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -88,7 +88,7 @@ class Buffers:
     Made before the call; `finish` after it says whether everything that moved was foreseen.
 
     Args:
-        roots: the modules that are called; their children count too.
+        modules: those that are called, with their children (`modules_of`).
         keys: gets the storage keys of the buffers.
         closely: look for parameters that are written past their version counters, which needs copies.
         owned: the call is theirs; else it may use some of them only, and their parameters are not watched.
@@ -116,10 +116,10 @@ class Buffers:
     # modules whose buffers this call is the first to use: each with a copy and its version
     _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
 
-    def __init__(self, roots: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
+    def __init__(self, modules: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
         self._owned = owned
         self._before = self._written = self._first = ()
-        self._modules = modules = modules_of(roots)
+        self._modules = modules
         self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
         owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := _plain_dict(module._parameters))]
@@ -132,7 +132,7 @@ class Buffers:
                         self._note_buffers(module, keys, owned=owned)
                     else:
                         present = [buffer for buffer in _plain_dict(module._buffers).values() if buffer is not None]
-                        self._scripted += [(buffer, _copy(buffer)) for buffer in present]
+                        self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
         self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
@@ -152,9 +152,9 @@ class Buffers:
             return
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
-            self._first += ((module, {n: (b, _copy(b), b._version) for n, b in present}),)
+            self._first += ((module, {n: (b, detached_clone(b), b._version) for n, b in present}),)
         elif known:
-            self._before += tuple((owner, n, _copy(buffer), buffer) for n, buffer in present if n in known)
+            self._before += tuple((owner, n, detached_clone(buffer), buffer) for n, buffer in present if n in known)
             if owned:
                 self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
         elif owned:
@@ -334,8 +334,9 @@ def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str]
     attributes.update(own)
 
 
-def _copy(buffer: Tensor) -> Tensor:
-    return buffer.detach().clone().requires_grad_(buffer.requires_grad)
+def detached_clone(tensor: Tensor) -> Tensor:
+    """A copy as a leaf, which requires a gradient if the tensor does."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _add_key(keys: set[int], tensor: Tensor | None) -> None:

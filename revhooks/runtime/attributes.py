@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..state import give_attributes, modules_of
+from ..state import detached_clone, give_attributes
 from ..storage import Held, version_of
 from .arguments import Argument
 from .objects import Former, Objects, Own, Seen
@@ -38,16 +38,16 @@ class Attributes:
 
     __slots__ = ("_copies", "_facts", "_formers", "_held", "_objects", "_owns", "_run", "_versions", "watch")
 
-    def __init__(self, run: Run, roots: Sequence[nn.Module], facts: AttributeFacts) -> None:
+    def __init__(self, run: Run, modules: Sequence[nn.Module], facts: AttributeFacts) -> None:
         self._run = run
         self._facts = facts
-        self._owns = [Own(module) for module in modules_of(roots)]
+        self._owns = [Own(module) for module in modules]
         self._objects = Objects.among(self._owns) or Objects(self._owns, deep=False)
         tensors = self._objects.tensors()
         self._versions = [(tensor, version_of(tensor)) for tensor in tensors]
         self._copies: dict[int, Tensor] = {}
         if facts.writes.possible:
-            self._copies = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for t in tensors}
+            self._copies = {id(tensor): detached_clone(tensor) for tensor in tensors}
         self.watch = _Reads(tensors) if tensors and facts.reads.sought and not facts.failed else None
         self._held: dict[int, Argument | Seen] = {}
         self._formers: list[tuple[Own, Former]] = []
@@ -72,7 +72,7 @@ class Attributes:
         facts.writes.note(bool(written))
         if self._held and self.watch is not None:
             facts.reads.note(not self.watch.ids.isdisjoint(self._held))
-        self._owns, self._objects, self._versions, self._copies, self.watch = [], _NO_OBJECTS, [], {}, None
+        del self._owns, self._objects, self._versions, self._copies, self.watch  # of the call; what is left is for replays
         return foreseen
 
     def _hold(self, tensor: Tensor, written: set[int]) -> Argument | Seen:
@@ -114,9 +114,6 @@ class Attributes:
         finally:
             for own, values in now:
                 give_attributes(own.module, values, own.names)
-
-
-_NO_OBJECTS = Objects(())
 
 
 class _Reads(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModifiedError, explain
 from ..generators import Rng
-from ..state import PLAIN, Buffers, Modes
+from ..state import PLAIN, Buffers, Modes, modules_of
 from ..storage import Held
 from .attributes import Attributes
 
@@ -50,9 +50,10 @@ class CallState:
     ) -> None:
         self._device = frame.device
         self.facts = facts
-        self._buffers = Buffers(roots, frame.external, closely=facts.writes_parameters, owned=owned)
+        modules = modules_of(roots)
+        self._buffers = Buffers(modules, frame.external, closely=facts.writes_parameters, owned=owned)
         known = facts.attributes[bool(roots) and roots[0].training]
-        self._attributes = Attributes(frame.run, roots, known) if known.changes.possible else None
+        self._attributes = Attributes(frame.run, modules, known) if known.changes.possible else None
         self._modes = Modes.of_call(frame.device) if local else frame.modes
         self.grad = torch.is_grad_enabled()
         self._tracker = frame.run.rng

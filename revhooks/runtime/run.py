@@ -121,11 +121,9 @@ class Run:
         return (
             LOCAL.sink is not None
             or LOCAL.filling is not None
-            or not torch.is_grad_enabled()
+            or _saves_nothing_of_ours()
             or self.budget.limit == math.inf
             or self._shadowed()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or is_traced()
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
         )
 
@@ -143,7 +141,7 @@ class Run:
 
     def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function inside a frame that is run again in backward, and let go of what it saved at once."""
-        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or is_traced():
+        if _saves_nothing_of_ours():
             return region.call(*args, **kwargs)
         with self._packing():
             late, inside = region.facts.writes_input, LOCAL.sink is not None or LOCAL.filling is not None
@@ -185,7 +183,7 @@ class Run:
         sink = LOCAL.sink
         if sink is not None:
             return sink[0].save(tensor, sink[1])
-        if torch._C._is_tracing():
+        if torch._C._is_tracing():  # as is_traced, at each saved tensor
             with untraced():
                 return self.pack(tensor)
         if type(tensor) is not Tensor or is_leaf(tensor) or is_opaque(tensor):
@@ -417,6 +415,11 @@ class Run:
                     kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
         largest_first = sorted(kept.items(), key=lambda item: -item[1])
         return [Kept(why, what, nbytes, op, REMEDIES.get(why, "")) for (why, what, op), nbytes in largest_first]
+
+
+def _saves_nothing_of_ours() -> bool:
+    """Whether a call needs no frame wherever it is: there is no grad, or a functional transform or a trace is at work."""
+    return not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or is_traced()
 
 
 def _covers(base: Tensor, tensor: Tensor) -> bool:

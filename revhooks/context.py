@@ -158,7 +158,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] |
     """
     if torch.compiler.is_compiling():
         return fn(*args, **kwargs)
-    run = ACTIVE.run if LOCAL.filling is None else LOCAL.filling[0]
+    run = ACTIVE.run if LOCAL.filling is None else LOCAL.filling.run
     if not isinstance(run, Run):
         run = _AMBIENT.run
     region = Region(fn, (args, kwargs))

@@ -20,7 +20,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .errors import ModifiedError, ReplayError, explain
 from .storage import is_near
 
-__all__ = ["Leaf", "Operation", "Source", "is_doubtful", "is_operation", "is_view", "operation", "saves_result"]
+__all__ = [
+    "SAME_ON_CPU",
+    "Leaf",
+    "Normalise",
+    "Operation",
+    "Source",
+    "is_doubtful",
+    "is_operation",
+    "is_view",
+    "operation",
+    "saves_result",
+]
 
 Edge = tuple[Any, int]
 
@@ -293,7 +304,7 @@ def _batch_norm(node: Any) -> Operation | None:
     if node._saved_training:
         mean, deviation = _saved(node, "result1"), _saved(node, "result2")
         output = node._input_metadata[0]
-        if output.device.type == "cpu" and output.dtype in _SAME_ON_CPU and mean is not None and deviation is not None:
+        if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
             return Operation(_normalise, (source, *affine, mean, deviation))
         # the statistics are those of the batch; the running ones are not touched
         return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine), cost=2.0)
@@ -305,7 +316,7 @@ def _batch_norm(node: Any) -> Operation | None:
     )
 
 
-_SAME_ON_CPU = (torch.float32, torch.float64)
+SAME_ON_CPU = (torch.float32, torch.float64)
 
 
 def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -316,6 +327,49 @@ def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     """
     scale = rstd if weight is None else rstd * weight
     return torch.batch_norm(x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+
+
+class Normalise(torch.autograd.Function):
+    """A batch norm in training from the statistics that it saved: it saves what that saves, in the same order."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+    ) -> Tensor:
+        affine = () if weight is None else (weight,)
+        ctx.save_for_backward(x, running_mean, running_var, *affine, mean, rstd)
+        ctx.eps, ctx.bias = eps, bias
+        return _normalise(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, running_mean, running_var, *affine, mean, rstd = ctx.saved_tensors
+        asked = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_batch_norm_backward(
+            gradients[0], x, affine[0] if affine else None, running_mean, running_var, mean, rstd, True, ctx.eps, asked
+        )
+        return (*(g if wanted else None for g, wanted in zip(found, asked, strict=True)), None, None, None, None, None)
+
+
+def _normalised(node: Any) -> Operation | None:
+    """Of a call of `Normalise`, which is not the only function of that name."""
+    ours = type(node) is Normalise._backward_cls
+    if not ours:
+        return None
+    saved = [raw.data for raw in node._raw_saved_tensors]
+    bias = None if node.bias is None else Leaf(node.bias)
+    if not all(isinstance(source, Source) for source in saved) or not (bias is None or bias.lasts):
+        return None
+    x, _, _, *affine, mean, rstd = saved
+    return Operation(_normalise, (x, affine[0] if affine else None, bias, mean, rstd))
 
 
 def _group_norm(node: Any) -> Operation | None:
@@ -437,6 +491,7 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "NativeBatchNormBackward0": _batch_norm,
     "NativeGroupNormBackward0": _group_norm,
     "NativeLayerNormBackward0": _layer_norm,
+    "NormaliseBackward": _normalised,
     "NegBackward0": _from_edge(torch.neg),
     "PowBackward0": _from_saved(torch.pow, "exponent"),
     "ReluBackward0": lambda node: Operation(torch.relu, node.next_functions[:1], torch.relu_),

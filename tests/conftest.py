@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import storage
 from revhooks.record import Stats
-from revhooks.runtime import plan, run
+from revhooks.runtime import plan, run, statistics
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     monkeypatch.setattr(storage, "_LARGE", 0)  # streams of any size are inverted in their own memory
     monkeypatch.setattr(run, "SMALL", 0)  # and saved tensors of any size recomputed
+    monkeypatch.setattr(statistics, "WORTH", 0)  # and batch statistics of any batch used again
     yield
     plan._facts.clear()
 

@@ -14,15 +14,20 @@ from ..generators import Rng
 from ..state import PLAIN, Buffers, Modes, modules_of
 from ..storage import Held
 from .attributes import Attributes
+from .statistics import Statistics
 
 if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
+    from .slots import Slots
 
-__all__ = ["CallState"]
+__all__ = ["STATE", "STATISTICS", "CallState"]
+
+STATE = "state that a module carries from call to call: needed to repeat the call"
+STATISTICS = "statistics of a batch norm: its replay does not compute them again"
 
 _T = TypeVar("_T")
-_NOTHING = contextlib.nullcontext()
+_NOTHING: contextlib.nullcontext[Any] = contextlib.nullcontext()
 
 
 class CallState:
@@ -36,6 +41,7 @@ class CallState:
         "_kinds",
         "_ledger",
         "_modes",
+        "_statistics",
         "_tracker",
         "drew",
         "facts",
@@ -64,6 +70,7 @@ class CallState:
         self.drew: frozenset[str] = frozenset()
         self.rng_after: Rng | None = None
         self.surprise = ""  # why the call cannot be repeated
+        self._statistics: Statistics | None = None
 
     def watched(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the call, which sees what has to be seen of it."""
@@ -85,6 +92,11 @@ class CallState:
         self.facts.writes_parameters = wrote
         self._buffers.add_moved(moved)
         self._copies = [Held(self._ledger, copy) for copy in self._buffers.copies()]
+
+    def remember(self, slots: Slots) -> None:
+        """Before what the call saved is let go of: note what is not to be computed again."""
+        if self._statistics is None and self._buffers.overwritten:
+            self._statistics = Statistics(slots, self._buffers.overwritten, self._ledger)
 
     def check(self, label: str) -> None:
         """Raise if a parameter or buffer that the call read was modified since (Rule 8).
@@ -122,11 +134,14 @@ class CallState:
             if now is not None:
                 now.restore()
 
-    def carried(self) -> Iterator[Tensor]:
-        """The tensors in buffers and attributes that it holds as they were."""
-        yield from (held.tensor for held in self._copies)
-        if self._attributes is not None:
-            yield from self._attributes.tensors()
+    def report(self, what: str) -> Iterator[tuple[str, str, Tensor]]:
+        """What it holds of the call: why, of what, and the tensor."""
+        for tensor in self._statistics.tensors() if self._statistics is not None else ():
+            yield STATISTICS, what, tensor
+        for held in self._copies:
+            yield STATE, what, held.tensor
+        for tensor in self._attributes.tensors() if self._attributes is not None else ():
+            yield STATE, what, tensor
 
     def _with_state(self, call: Callable[[], _T]) -> _T:
         if self._attributes is not None:
@@ -137,5 +152,6 @@ class CallState:
     def _with_buffers(self, call: Callable[[], _T]) -> _T:
         if self._buffers.trivial:
             return call()
-        with self._buffers.replayed():
-            return call()
+        with self._statistics.given() if self._statistics is not None else _NOTHING as spared:
+            with self._buffers.replayed(spared or ()):
+                return call()

@@ -13,7 +13,7 @@ from ..nn.coupling import Coupling, RangeWatch, Step
 from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
 from .arguments import Arguments
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, STATE, Head, ModuleFrame
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Head, ModuleFrame
 from .guard import Sample
 from .local import LOCAL
 from .objects import Objects
@@ -93,6 +93,7 @@ class _Branch:
     def release(self) -> None:
         """Let go of everything that it saved, unless it is kept."""
         if not self.why_kept:
+            self.state.remember(self.slots)
             for slots in self.all_slots():
                 slots.release()
 
@@ -400,8 +401,7 @@ class CouplingFrame(ModuleFrame):
         for tensor in self.arguments.tensors() if self.arguments is not None else ():
             yield ARGUMENT, self.label, tensor
         for branch in self.branches:
-            for tensor in branch.state.carried():
-                yield STATE, self.label, tensor
+            yield from branch.state.report(self.label)
             for stream in (branch.target, branch.source):
                 if stream is not None:
                     yield branch.why_kept or _EXACT, self.label, stream.tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..generators import EVERY
 from ..state import Modes
 from ..storage import Held, is_near
-from .branch import CallState
+from .branch import STATE, STATISTICS, CallState
 from .guard import Sample, tolerance
 from .plan import Draws, Facts, facts_of
 from .slots import Slots
@@ -31,7 +31,6 @@ __all__ = [
     "NEWEST",
     "ORDINARY",
     "REMEDIES",
-    "STATE",
     "Frame",
     "Head",
     "ModuleFrame",
@@ -44,7 +43,6 @@ DREW = "random numbers were drawn where none had been drawn before"
 HEAD = "input of a chain: held by its caller, or kept exact"
 NEWEST = "newest block: kept until the next one opens"
 ORDINARY = "saved outside any registered block"
-STATE = "state that a module carries from call to call: needed to repeat the call"
 REMEDIES = {
     ANCHOR: "nothing: a chain needs one; fewer ordinary layers between its blocks make fewer chains",
     ARGUMENT: "an inverse for the block (checkpoint(inverse=), register), or a tensor that is held anyway",
@@ -53,6 +51,7 @@ REMEDIES = {
     HEAD: "an invertible block before it",
     NEWEST: "nothing: it goes when the next block opens",
     ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), an invertible block, or offload=True on CUDA",
+    STATISTICS: "nothing: they are two numbers a channel",
     STATE: "nothing, unless the module can do without",
 }
 

@@ -165,7 +165,7 @@ class LeanSlots(Slots):
         if not self._prepare():
             return super().fill(call, transient=transient)
         entries: list[Any] = []
-        result = self._record(call, self._packer(entries))
+        result = self._record(call, self._packer(entries), entries)
         self._take(entries, transient=transient)
         return result
 
@@ -176,7 +176,7 @@ class LeanSlots(Slots):
             return
         entries: list[Any] = []
         with contextlib.suppress(EnoughError):
-            self._record(call, self._packer(entries, stop=len(self._looks)))
+            self._record(call, self._packer(entries, stop=len(self._looks)), entries)
         self._take(entries, transient=transient)
 
     def _prepare(self) -> bool:

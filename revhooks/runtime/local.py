@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sized
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -15,12 +15,28 @@ if TYPE_CHECKING:
     from .run import Run
     from .slots import Slots
 
-__all__ = ["LOCAL", "saving_to"]
+__all__ = ["LOCAL", "Filling", "saving_to"]
+
+
+class Filling(NamedTuple):
+    """A call that is being run again.
+
+    Attributes:
+        run: whose frame it is of.
+        slots: what it fills.
+        pack: how it saves a tensor.
+        saved: what it has saved so far.
+    """
+
+    run: Run
+    slots: Slots
+    pack: Callable[[Tensor], Tensor]
+    saved: Sized
 
 
 class _Local(threading.local):
     sink: tuple[Slots, Frame] | None = None  # the frame that is being run
-    filling: tuple[Run, Callable[[Tensor], Tensor]] | None = None  # whose frame is being run again, and how that saves
+    filling: Filling | None = None  # the frame that is being run again
 
 
 LOCAL = _Local()

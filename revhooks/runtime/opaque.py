@@ -16,7 +16,7 @@ from ..state import untouched
 from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
 from .arguments import Arguments
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, STATE, Head, ModuleFrame
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Head, ModuleFrame
 from .guard import Sample, relative_error
 from .interpose import branches_of, shadowed, without_forward_hooks
 from .local import saving_to
@@ -281,6 +281,8 @@ class OpaqueFrame(ModuleFrame):
             self.keep("a tensor that it saved was changed in place")
         else:
             self.released = True
+            for call in self.calls:
+                call.state.remember(call.slots)
             for slots in self._all_slots():
                 slots.release()
             self.release_inputs()
@@ -301,8 +303,7 @@ class OpaqueFrame(ModuleFrame):
         for tensor in self.held.tensors() if self.held is not None else ():
             yield ARGUMENT, self.label, tensor
         for state in (self.state, *(call.state for call in self.calls)):
-            for tensor in state.carried():
-                yield STATE, self.label, tensor
+            yield from state.report(self.label)
         for slots in self._all_slots():
             for saved in slots.held():
                 yield why, self.label, saved

@@ -17,7 +17,7 @@ from ..ops import Source
 from ..storage import version_of
 from .arguments import Arguments
 from .branch import CallState
-from .frame import ARGUMENT, NEWEST, STATE, Frame
+from .frame import ARGUMENT, NEWEST, Frame
 from .local import LOCAL, saving_to
 from .objects import Objects
 from .plan import Facts, facts_of
@@ -184,6 +184,7 @@ class ReplayFrame(Frame):
         if self.run.guard.mode != "off":
             self._sketch = Sketch(self.slots.there())
         self.released = True
+        self.state.remember(self.slots)
         self.slots.release()
 
     def sources(self) -> list[Value]:
@@ -226,8 +227,7 @@ class ReplayFrame(Frame):
         """Arguments, and slots that are kept or rebuilt."""
         for tensor in self.held.tensors():
             yield ARGUMENT, self.label, tensor
-        for tensor in self.state.carried():
-            yield STATE, self.label, tensor
+        yield from self.state.report(self.label)
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
             yield why, self.label, saved
@@ -241,7 +241,7 @@ def _outer_save() -> Callable[[Tensor], Any] | None:
         return lambda tensor: slots.save(tensor, frame).get
     filling = LOCAL.filling
     if filling is not None:
-        return lambda tensor: _giver(filling[1](tensor))
+        return lambda tensor: _giver(filling.pack(tensor))
     return None
 
 

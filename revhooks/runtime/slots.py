@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,9 +13,11 @@ from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 
 from ..errors import ModifiedError, ReplayError, explain
+from ..ops import Source
 from ..storage import is_leaf, is_opaque
+from .guard import relative_error
 from .handle import SlotHandle
-from .local import LOCAL
+from .local import LOCAL, Filling
 from .value import modified
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ class Slots:
                 keys.append(0)
                 alive.append(0)
                 continue
-            looks.append(((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), is_input))
+            looks.append((_looks_of(tensor), is_input))
             size = storage.nbytes()
             hold(key, size)
             keys.append(key)
@@ -146,6 +148,24 @@ class Slots:
         """What is held itself, of what a replay can bring back, with its place."""
         return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
 
+    def passed(self, keys: Collection[int]) -> list[tuple[int, int]]:
+        """Where parameters and buffers were saved that lie in these storages, and in which."""
+        return [(index, looks) for index, looks in enumerate(self._looks) if isinstance(looks, int) and looks in keys]
+
+    def looks(self, index: int) -> _Looks | None:
+        """What was saved at a place, as long as it is held; ``None`` if nothing was, or nobody can ask for it."""
+        if not 0 <= index < len(self._looks) or self.tensors[index] is None:
+            return None
+        looks = self._looks[index]
+        if not isinstance(looks, int):
+            return looks[0]
+        return None if looks in (ALONE, DEAD) else _looks_of(self.entry(index))
+
+    def entry(self, index: int) -> Tensor:
+        """The tensor that is held at a place."""
+        entry = self.tensors[index]
+        return entry.get() if isinstance(entry, Source) else entry
+
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
         return [tensor for tensor, key in zip(self.tensors, self._keys, strict=False) if key and tensor is not None]
@@ -184,7 +204,7 @@ class Slots:
             saved.append(detached)
             return detached
 
-        result = self._record(call, pack)
+        result = self._record(call, pack, saved)
         self.transient = transient
         self._accept(saved)
         return result
@@ -202,13 +222,13 @@ class Slots:
             return detached
 
         with contextlib.suppress(EnoughError):
-            self._record(call, pack)
+            self._record(call, pack, saved)
         self.transient = transient
         self._accept(saved)
 
-    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Any]) -> _T:
+    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Any], saved: Sized) -> _T:
         frame = self._frame()
-        outer, LOCAL.filling = LOCAL.filling, (frame.run, pack) if frame is not None else None
+        outer, LOCAL.filling = LOCAL.filling, Filling(frame.run, self, pack, saved) if frame is not None else None
         push_hooks(pack, self._unpacked)
         try:
             return call()
@@ -245,7 +265,7 @@ class Slots:
             self._check_passed(tensor, looks, index)
             return False
         expected, is_input = looks
-        if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != expected:
+        if _looks_of(tensor) != expected:
             raise self._looks_different(expected, tensor, index)
         version = tensor._version
         if is_input:  # whose version differs at replay
@@ -261,10 +281,17 @@ class Slots:
             raise self._mismatch(index, "the same kind of tensor", type(tensor).__name__, _REPEATABLE)
         if key != ALONE and key != tensor.untyped_storage()._cdata:
             frame = self._frame()
-            if frame is not None and key in frame.moved:
+            if frame is not None and (key in frame.moved or self._is_made_again(tensor, index, frame)):
                 return
             remedy = "leave parameters and buffers in place until backward"
             raise self._mismatch(index, "the same parameter or buffer", f"another tensor of shape {tuple(tensor.shape)}", remedy)
+
+    def _is_made_again(self, tensor: Tensor, index: int, frame: Frame) -> bool:
+        """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
+        made = self.entry(index) if self.tensors[index] is not None else None
+        if made is None or type(tensor) is not Tensor or _looks_of(made) != _looks_of(tensor):
+            return False
+        return relative_error(tensor.detach(), made) <= frame.bounds(made)[0]
 
     # -- errors
 
@@ -280,7 +307,7 @@ class Slots:
 
     def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
         names = ("shape", "stride", "dtype", "device")
-        now = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        now = _looks_of(tensor)
         differ = [(n, e, g) for n, e, g in zip(names, looks, now, strict=True) if e != g]
         expected = ", ".join(f"{name} {_plain(value)}" for name, value, _ in differ)
         got = ", ".join(f"{name} {_plain(value)}" for name, _, value in differ)
@@ -288,6 +315,10 @@ class Slots:
 
     def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
         return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+def _looks_of(tensor: Tensor) -> _Looks:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 class EnoughError(BaseException):

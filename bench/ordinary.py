@@ -161,8 +161,12 @@ def ordinary(options: Options) -> list[dict[str, Any]]:
 # -- replay of each layer against checkpointing each layer
 
 
-def replay_contenders(quick: bool) -> dict[str, Contender]:
-    work = seeded(partial(gpt, 3, **SMALL) if quick else partial(gpt, 6))
+REPLAYED = {"GPT": 0.0, "GPT with dropout": 0.1}
+
+
+def replay_contenders(model: str, quick: bool) -> dict[str, Contender]:
+    dropout = REPLAYED[model]
+    work = seeded(partial(gpt, 3, **SMALL, dropout=dropout) if quick else partial(gpt, 6, dropout=dropout))
     return {
         "plain": Contender(work),
         "replay": Contender(work, partial(revhooks.reversible, replay=GPTBlock)),
@@ -171,15 +175,15 @@ def replay_contenders(quick: bool) -> dict[str, Contender]:
     }
 
 
-def replay(options: Options) -> list[dict[str, Any]]:
-    """Each layer of a GPT run again in backward, by revhooks and by torch: bytes after forward, peaks, time."""
-    contenders = replay_contenders(options.quick)
+def replay_of(model: str, options: Options) -> dict[str, Any]:
+    """Bytes after forward, peaks, time of each contender."""
+    contenders = replay_contenders(model, options.quick)
     expected = contenders["plain"].gradients()
-    say("replay: time")
+    say(f"replay: {model}: time")
     times = options.timed(contenders, seconds=25)
     rows = []
     for name, contender in contenders.items():
-        say(f"replay: {name}")
+        say(f"replay: {model}: {name}")
         live, peak = accounted(contender)
         rows.append(
             {
@@ -187,14 +191,19 @@ def replay(options: Options) -> list[dict[str, Any]]:
                 "live_after_forward_bytes": live,
                 "peak_bytes": peak,
                 "rebuilt": rebuilds(contender),
-                "resident_peak_bytes": fresh_peak("--peak", name, *["--quick"] * options.quick),
+                "resident_peak_bytes": fresh_peak("--peak", model, name, *["--quick"] * options.quick),
                 "time_over_plain": times and times.ratio(name, "plain"),
                 "time_over_checkpoint": times and times.ratio(name, "checkpoint"),
                 "rounds": times and times.rounds,
                 "gradient_difference": difference(expected, contender.gradients()),
             }
         )
-    return rows
+    return {"name": model, "contenders": rows}
+
+
+def replay(options: Options) -> list[dict[str, Any]]:
+    """Each layer of a model run again in backward, by revhooks and by torch."""
+    return [replay_of(model, options) for model in REPLAYED]
 
 
 # -- the budget, from least memory to plain speed
@@ -302,10 +311,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models, few rounds")
     parser.add_argument("--memory", action="store_true", help="take no times")
     parser.add_argument("--only", choices=list(PARTS), help="one part")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)  # of the resident set: one of the contenders of `replay`
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # of the resident set: a model and a contender of `replay`
     given = parser.parse_args()
     if given.peak:
-        print(resident_peak(replay_contenders(given.quick)[given.peak]))
+        model, contender = given.peak
+        print(resident_peak(replay_contenders(model, given.quick)[contender]))
         return
     if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         # timings: an allocator that keeps what it has, or plain autograd pays for its memory in page faults

@@ -27,27 +27,28 @@ class Skipped(Exception):
 class GPTBlock(nn.Module):
     """Pre-norm attention and GELU-MLP."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.project(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class GPT(nn.Module):
     """Token and position embeddings, pre-norm blocks, a head: logits ``(B, T, V)`` from indices ``(B, T)``."""
 
-    def __init__(self, depth: int, width: int, heads: int, tokens: int) -> None:
+    def __init__(self, depth: int, width: int, heads: int, tokens: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList([GPTBlock(width, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([GPTBlock(width, heads, dropout) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -220,8 +221,8 @@ def of_images(model: nn.Module, batch: int, size: int, classes: int) -> Workload
     return Workload(model, (torch.randn(batch, 3, size, size),), lambda logits: F.cross_entropy(logits, targets))
 
 
-def gpt(depth: int, batch: int = 4, tokens: int = 256, width: int = 384, heads: int = 6) -> Workload:
-    return of_text(GPT(depth, width, heads, tokens), batch, tokens)
+def gpt(depth: int, batch: int = 4, tokens: int = 256, width: int = 384, heads: int = 6, dropout: float = 0.0) -> Workload:
+    return of_text(GPT(depth, width, heads, tokens, dropout), batch, tokens)
 
 
 def llama(depth: int, batch: int = 4, tokens: int = 256, width: int = 384, heads: int = 6) -> Workload:

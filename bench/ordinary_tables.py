@@ -22,7 +22,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "ordinary" in result:
         console.print(_ordinary(result["ordinary"], where))
     if "replay" in result:
-        console.print(_replay(result["replay"], where))
+        for model in result["replay"]:
+            console.print(_replay(model, where))
     for curve in result.get("budget", []):
         console.print(_curve(curve, where))
         console.print(_against(curve))
@@ -55,10 +56,10 @@ def _ordinary(rows: list[Row], where: str) -> Table:
     return table
 
 
-def _replay(rows: list[Row], where: str) -> Table:
+def _replay(model: Row, where: str) -> Table:
     columns = ("", "live after forward", "peak", "blocks rebuilt", "resident", "time / plain", "time / checkpoint", "gradients")
-    table = _table(f"GPT, each layer run again in backward: {where}", columns)
-    for row in rows:
+    table = _table(f"{model['name']}, each layer run again in backward: {where}", columns)
+    for row in model["contenders"]:
         resident = row["resident_peak_bytes"]
         table.add_row(
             row["name"],

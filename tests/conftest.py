@@ -28,6 +28,15 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plan._facts.clear()
 
 
+WORTH = statistics.WORTH
+
+
+@pytest.fixture
+def large_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch statistics are used again where they are no trifle to compute, as users have it."""
+    monkeypatch.setattr(statistics, "WORTH", WORTH)
+
+
 @pytest.fixture
 def no_gc() -> Iterator[None]:
     """With the collector off nothing may depend on it."""

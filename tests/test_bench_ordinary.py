@@ -55,8 +55,9 @@ def test_resnet_110_is_that_of_the_tables() -> None:
     assert sum(p.numel() for p in resnet110(1).model.parameters()) == 1_730_714
 
 
-def test_replay_peaks_no_higher_than_checkpointing() -> None:
-    work = gpt(4, **SMALL)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_replay_peaks_no_higher_than_checkpointing(dropout: float) -> None:
+    work = gpt(4, **SMALL, dropout=dropout)
     plain, replay = Contender(work), Contender(work, partial(reversible, replay=GPTBlock))
     checkpoint = peer(work, lambda model: model.blocks, "checkpoint")
     without_ops = Contender(work, partial(reversible, replay=GPTBlock, ops=False))

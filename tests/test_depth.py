@@ -11,10 +11,7 @@ from torch import nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.profile.meters import AccountedMeter
-from revhooks.runtime import statistics
 from tests.conftest import compare, conv_branch, mlp, step
-
-WORTH = statistics.WORTH  # as users have it
 
 
 def conv_chain(depth: int) -> nn.Module:
@@ -37,8 +34,8 @@ def activation_peak(model: nn.Module, x: torch.Tensor, *, reverse: bool) -> int:
     return meter.peak
 
 
-def test_held_after_forward_does_not_depend_on_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "WORTH", WORTH)
+@pytest.mark.usefixtures("large_batches_only")
+def test_held_after_forward_does_not_depend_on_depth() -> None:
     x = torch.randn(4, 12, 16, 16)
     held = {depth: step(conv_chain(depth), x, reverse=True).held_after_forward for depth in (8, 64)}
     assert held[64] <= 1.02 * held[8]

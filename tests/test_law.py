@@ -160,6 +160,7 @@ def test_evaluations(case: Case) -> None:
     assert rev.stats.second_evaluations == 0
 
 
+@pytest.mark.usefixtures("large_batches_only")
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_memory_does_not_grow_with_depth(case: Case) -> None:
     x = torch.randn(case.shape, dtype=torch.float64)

@@ -87,6 +87,7 @@ def test_gradients_and_evaluations(case: Case, kind: str, no_gc: None) -> None:
     assert rev.stats.second_evaluations == 0
 
 
+@pytest.mark.usefixtures("large_batches_only")
 @cases
 @kinds
 def test_memory_does_not_grow_with_depth(case: Case, kind: str) -> None:
@@ -117,6 +118,7 @@ def test_transformers_with_masks(kind: str, norm_first: bool) -> None:
     assert not rev.stats.replays or "revnet" not in kind
 
 
+@pytest.mark.usefixtures("large_batches_only")
 @kinds
 def test_plain_layers_between(kind: str) -> None:
     def make(depth: int) -> nn.Module:

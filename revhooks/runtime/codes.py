@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..storage import Geometry, Held, Ledger, is_near, restride
 
-__all__ = ["Code", "code_of", "is_unshared"]
+__all__ = ["Code", "code_of", "is_unshared", "mask_of"]
 
 LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
 WORTH_WAITING = 1 << 22  # bytes, for an accelerator
@@ -25,10 +25,10 @@ _PROBES = 64
 class Code:
     """A tensor in a smaller form; stands where a recipe stands."""
 
-    __slots__ = ("_decode", "_encoded", "_held", "depth", "what")
+    __slots__ = ("_decode", "_held", "depth", "encoded", "what")
 
     def __init__(self, encoded: Tensor, decode: Callable[[Tensor], Tensor], what: str) -> None:
-        self._encoded = encoded
+        self.encoded = encoded
         self._held: Held | None = None
         self._decode = decode
         self.depth = 0
@@ -39,30 +39,37 @@ class Code:
 
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides."""
-        return restride(self._decode(self._encoded).view(geometry.size), geometry.stride)
+        return restride(self._decode(self.encoded).view(geometry.size), geometry.stride)
 
     def hold(self, ledger: Ledger) -> None:
         """Count it from now on."""
-        self._held = Held(ledger, self._encoded)
+        self._held = Held(ledger, self.encoded)
 
     def holds(self) -> Iterator[Tensor]:
         """What it holds."""
-        yield self._encoded
+        yield self.encoded
 
 
 def code_of(tensor: Tensor, what: str) -> Code | None:
     """A smaller form of a tensor that no operation with a gradient has made; ``None`` if it has none."""
-    if tensor.numel() < LEAST or tensor.is_meta or not tensor.is_contiguous():
+    if tensor.numel() < LEAST:
+        return None
+    if tensor.dtype is not torch.bool and not is_near(tensor.device) and tensor.nbytes < WORTH_WAITING:
+        return None  # what follows reads values
+    if tensor.dtype is torch.int64 and not tensor.is_meta and tensor.is_contiguous():
+        return _narrowed(tensor.detach().view(-1), what)
+    return mask_of(tensor, what)
+
+
+def mask_of(tensor: Tensor, what: str) -> Code | None:
+    """A mask at one bit an element: truth values, or 0 and one other number; ``None`` if it is none."""
+    if tensor.is_meta or not tensor.is_contiguous():
         return None
     flat = tensor.detach().view(-1)
     if flat.dtype is torch.bool:
         size = flat.numel()
         return Code(_pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
-    if not is_near(tensor.device) and tensor.nbytes < WORTH_WAITING:  # what follows reads values
-        return None
-    if flat.dtype is torch.int64:
-        return _narrowed(flat, what)
-    return _mask(flat, what) if flat.dtype.is_floating_point else None
+    return _mask(flat, what) if flat.dtype.is_floating_point and flat.numel() else None
 
 
 def _narrowed(flat: Tensor, what: str) -> Code | None:
@@ -78,7 +85,7 @@ def _mask(flat: Tensor, what: str) -> Code | None:
     """Of a tensor with two values, of which one is 0."""
     few = flat[:: max(1, flat.numel() // _PROBES)]
     value = few.max()
-    if not bool(((few == 0) | (few == value)).all()) or not bool(value > 0) or not bool(value.isfinite()):
+    if not bool(((few == 0) | (few == value)).all()) or not bool(value >= 0) or not bool(value.isfinite()):
         return None
     nonzero = flat.bool()
     if not torch.equal(_times(nonzero, value), flat):

@@ -16,6 +16,7 @@ from .slots import ALONE, DEAD, EnoughError, Slots
 if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
+    from .tail import Tail
     from .value import Values
 
 __all__ = ["LeanSlots"]
@@ -169,14 +170,22 @@ class LeanSlots(Slots):
         self._take(entries, transient=transient)
         return result
 
-    def fill_and_stop(self, call: Callable[[], object], *, transient: bool) -> None:
-        """The same; the replay ends as soon as the last slot is there."""
+    def fill_and_stop(self, call: Callable[[], object], tail: Tail, *, transient: bool) -> None:
+        """The same; the replay ends as soon as all is there but the tail."""
         if not self._prepare():
-            super().fill_and_stop(call, transient=transient)
+            super().fill_and_stop(call, tail, transient=transient)
             return
         entries: list[Any] = []
-        with contextlib.suppress(EnoughError):
-            self._record(call, self._packer(entries, stop=len(self._looks)), entries)
+        if tail.start:
+            with contextlib.suppress(EnoughError):
+                self._record(call, self._packer(entries, stop=tail.start), entries)
+        self._add_tail(entries, tail)
+        frame = self._frame()
+        if frame is not None:
+            places = range(tail.start, len(entries))
+            entries[tail.start :] = [
+                None if entries[i] is None else frame.run.pack_inside(entries[i], self, frame.label) for i in places
+            ]
         self._take(entries, transient=transient)
 
     def _prepare(self) -> bool:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from ..ops import Source
-from ..storage import version_of
+from ..storage import is_opaque, version_of
 from .arguments import Arguments
 from .branch import CallState
-from .frame import ARGUMENT, NEWEST, Frame
+from .frame import ARGUMENT, NEWEST, REMEDIES, Frame
 from .local import LOCAL, saving_to
 from .objects import Objects
 from .plan import Facts, facts_of
 from .sketch import Sketch
 from .slots import Slots
+from .tail import Tail
 from .tree import leaves_of
 from .value import Value
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from .run import Run
 
 __all__ = ["FunctionModule", "Region", "ReplayFrame"]
+
+TAIL = "masks at the end of a block that is run again: with them its replay ends before its last product"
+REMEDIES[TAIL] = "nothing: they take one bit an element"
+_SHARE = 16  # of what the call's arguments take, a tail may take one part
 
 
 class Region:
@@ -136,6 +141,8 @@ class ReplayFrame(Frame):
         self.slots = run.slots(self, 0, region.facts, replayed=True)
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
+        self._tail: Tail | None = None  # before which a replay ends
+        self._given = 0  # bytes of its arguments
         self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
 
     @property
@@ -149,6 +156,7 @@ class ReplayFrame(Frame):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         objects = Objects.among(leaves)
         self.begin(next((t.device for t in tensors), torch.device("cpu")))
+        self._given = sum(tensor.nbytes for tensor in tensors if not is_opaque(tensor))
         held = Arguments(self.run, args, kwargs, _outer_save())
         if objects is not None:
             tensors += objects.tensors()
@@ -183,6 +191,8 @@ class ReplayFrame(Frame):
             return
         if self.run.guard.mode != "off":
             self._sketch = Sketch(self.slots.there())
+        if self._early_stop:
+            self._tail = Tail(self.slots, self.run.ledger, self._given // _SHARE)
         self.released = True
         self.state.remember(self.slots)
         self.slots.release()
@@ -197,9 +207,17 @@ class ReplayFrame(Frame):
         args, kwargs = self.held.again(self.label)
         self.run.replays.add(self)
 
-        fill = slots.fill_and_stop if self._early_stop else slots.fill
+        def call() -> Any:
+            return self.region.call(*args, **kwargs)
+
+        def fill() -> None:
+            if self._tail is None:
+                slots.fill(call, transient=transient)
+            else:
+                slots.fill_and_stop(call, self._tail, transient=transient)
+
         try:
-            self.state.repeat(lambda: fill(lambda: self.region.call(*args, **kwargs), transient=transient), grad=True)
+            self.state.repeat(fill, grad=True)
         except Exception as problem:
             if not isinstance(problem, torch.OutOfMemoryError):
                 self.facts.look_again()
@@ -228,6 +246,8 @@ class ReplayFrame(Frame):
         for tensor in self.held.tensors():
             yield ARGUMENT, self.label, tensor
         yield from self.state.report(self.label)
+        for tensor in self._tail.tensors() if self._tail is not None else ():
+            yield TAIL, self.label, tensor
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
             yield why, self.label, saved

@@ -23,6 +23,7 @@ from .value import modified
 if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
+    from .tail import Tail
 
 __all__ = ["ALONE", "DEAD", "EnoughError", "Slots"]
 
@@ -148,6 +149,14 @@ class Slots:
         """What is held itself, of what a replay can bring back, with its place."""
         return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
 
+    def __len__(self) -> int:
+        """How many tensors were saved."""
+        return len(self._looks)
+
+    def is_let_go(self, index: int) -> bool:
+        """Whether what is at a place is let go of, to be brought back by a replay."""
+        return bool(self._alive[index]) and self.tensors[index] is not None
+
     def passed(self, keys: Collection[int]) -> list[tuple[int, int]]:
         """Where parameters and buffers were saved that lie in these storages, and in which."""
         return [(index, looks) for index, looks in enumerate(self._looks) if isinstance(looks, int) and looks in keys]
@@ -209,10 +218,10 @@ class Slots:
         self._accept(saved)
         return result
 
-    def fill_and_stop(self, call: Callable[[], object], *, transient: bool) -> None:
-        """The same; the replay ends as soon as the last slot is there."""
-        saved: list[Tensor] = []
-        last = len(self._looks)
+    def fill_and_stop(self, call: Callable[[], object], tail: Tail, *, transient: bool) -> None:
+        """The same; the replay ends as soon as all is there but the tail."""
+        saved: list[Tensor | None] = []
+        last = tail.start
 
         def pack(tensor: Tensor) -> Tensor:
             detached = tensor.detach()
@@ -221,10 +230,17 @@ class Slots:
                 raise EnoughError
             return detached
 
-        with contextlib.suppress(EnoughError):
-            self._record(call, pack, saved)
+        if last:
+            with contextlib.suppress(EnoughError):
+                self._record(call, pack, saved)
         self.transient = transient
+        self._add_tail(saved, tail)
         self._accept(saved)
+
+    def _add_tail(self, saved: list[Any], tail: Tail) -> None:
+        """Complete what a replay has saved that was to end there."""
+        if len(saved) == tail.start:
+            saved += [tail[index] if alive else None for index, alive in enumerate(self._alive) if index >= tail.start]
 
     def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Any], saved: Sized) -> _T:
         frame = self._frame()
@@ -241,11 +257,13 @@ class Slots:
         """What a replay saved, for a backward inside of it."""
         return packed  # type: ignore[no-any-return]
 
-    def _accept(self, saved: list[Tensor]) -> None:
+    def _accept(self, saved: list[Tensor] | list[Tensor | None]) -> None:
         self._check_count(len(saved))
         tensors, keys = self.tensors, self._keys
         ledger = self._ledger
         for index, tensor in enumerate(saved):
+            if tensor is None:  # of a tail, and passed
+                continue
             if self._verify(index, tensor) and self._alive[index]:
                 if tensors[index] is not None:
                     ledger.drop(keys[index])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .run import Run
 
-__all__ = ["Value", "Values", "fetch", "freed", "modified"]
+__all__ = ["Value", "Values", "at_version", "fetch", "freed", "modified"]
 
 
 def freed(what: str) -> BackwardError:
@@ -167,7 +167,7 @@ class Value(Source):
             BackwardError: it is not held.
         """
         if self._tensor is None and self.recipe is not None:
-            self.receive_tensor(_at_version(self.recipe.tensor(self.geometry), self.version))
+            self.receive_tensor(at_version(self.recipe.tensor(self.geometry), self.version))
             self.run.purge_later(self)
         if self._tensor is None:
             if self._pieces is None:
@@ -268,7 +268,7 @@ class Value(Source):
             self._tensor = None
 
 
-def _at_version(tensor: Tensor, version: int) -> Tensor:
+def at_version(tensor: Tensor, version: int) -> Tensor:
     """The tensor with a version counter of its own that says what the original's did: a replay that is given it compares."""
     tensor = tensor.data
     if version:

@@ -559,3 +559,38 @@ def test_what_is_known_of_a_site_is_known_in_the_next_step(replayed: bool) -> No
             net(inputs[-1]).sum().backward()
         known.append(len(recipe._trials))
     assert known[-1] == known[4] > 0
+
+
+class Compressed(torch.autograd.Function):
+    """Saves its input in a narrower dtype, which nobody else holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward((x * 3).to(dtype))
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.saved_tensors[0].to(gradient.dtype), None
+
+
+NARROW = [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("options", [{}, {"replay": nn.Sequential}], ids=["ordinary", "replay"])
+def test_what_custom_functions_save_in_any_dtype(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Compressed.apply(self.linear(x), dtype)
+
+    net, x = nn.Sequential(*[nn.Sequential(Layer(), nn.GELU()) for _ in range(2)]), torch.randn(300, 64)
+    gradients = []
+    for context in (contextlib.nullcontext(), revhooks.reversible(**options)):
+        with context:
+            gradients.append(torch.autograd.grad(net(x).square().mean(), [*net.parameters()]))
+    assert all(map(torch.equal, *gradients))

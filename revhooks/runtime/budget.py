@@ -16,12 +16,10 @@ import torch
 
 from ..errors import RegistrationError, explain
 from ..storage import Ledger
-from .plan import Facts
 
 __all__ = ["Budget", "parse_bytes"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_UNDECIDED = 4  # branches
 
 
 class Evictable(Protocol):
@@ -41,7 +39,6 @@ class Budget:
         self._values: deque[weakref.ref[Any]] = deque()
         self._frames: deque[weakref.ref[Any]] = deque()
         self._coming = 0  # what the latest block has added
-        self._let_go: deque[Facts] = deque()  # of those that were let go of last
 
     def add_value(self, value: Evictable) -> None:
         """A saved tensor that a recipe could bring back."""
@@ -52,13 +49,6 @@ class Budget:
         """A block, or a step of one, that has run and added so many bytes."""
         self._coming = max(nbytes, 0)
         self._frames.append(weakref.ref(frame))
-
-    def note_let_go(self, facts: Facts) -> None:
-        """What code saved was let go of in forward: it will be again, unless little has come after it and there may be room."""
-        facts.learn_stays(self.limit, self.limit > 0)
-        self._let_go.append(facts)
-        if len(self._let_go) > _UNDECIDED:
-            self._let_go.popleft().learn_stays(self.limit, False)
 
     def make_room_for_block(self) -> None:
         """A block opens that will add what the latest has."""

@@ -6,6 +6,7 @@ back exactly.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ __all__ = ["Code", "code_of", "is_unshared", "mask_of"]
 LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
 WORTH_WAITING = 1 << 22  # bytes, for an accelerator
 _PROBES = 64
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Code:
@@ -69,7 +71,7 @@ def mask_of(tensor: Tensor, what: str) -> Code | None:
     if flat.dtype is torch.bool:
         size = flat.numel()
         return Code(_pack(flat), lambda bits: _unpack(bits, size), f"{what}, at one bit an element")
-    return _mask(flat, what) if flat.dtype.is_floating_point and flat.numel() else None
+    return _mask(flat, what) if flat.dtype in _FLOATS and flat.numel() else None
 
 
 def _narrowed(flat: Tensor, what: str) -> Code | None:
@@ -83,10 +85,10 @@ def _narrowed(flat: Tensor, what: str) -> Code | None:
 
 def _mask(flat: Tensor, what: str) -> Code | None:
     """Of a tensor with two values, of which one is 0."""
-    few = flat[:: max(1, flat.numel() // _PROBES)]
-    value = few.max()
-    if not bool(((few == 0) | (few == value)).all()) or not bool(value >= 0) or not bool(value.isfinite()):
+    found = {number for number in flat[:: max(1, flat.numel() // _PROBES)].tolist() if number}
+    if len(found) > 1 or not all(0 < number < math.inf for number in found):
         return None
+    value = flat.new_tensor(found.pop() if found else 0.0)
     nonzero = flat.bool()
     if not torch.equal(_times(nonzero, value), flat):
         return None

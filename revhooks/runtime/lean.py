@@ -137,7 +137,8 @@ class LeanSlots(Slots):
         """Let go of every tensor that a replay can bring back."""
         if self._undecided:
             self._undecided = False
-            self._budget.note_let_go(self._facts)
+            if not self._plain:  # nor would it stay if it took more room
+                self._facts.learn_stays(self._budget.limit, False)
         if self._plain:
             super().release()
             return

@@ -105,6 +105,16 @@ class Carrying(PythonNoise):
         return y
 
 
+class Slope(PythonNoise):
+    """Takes a gradient inside, of a leaf that it makes, as Hamiltonian and energy-based networks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(inner).square().sum(), inner, create_graph=True)
+        return self.net(x) + slope
+
+
 class Flaky(PythonNoise):
     broken = False
 

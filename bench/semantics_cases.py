@@ -382,6 +382,7 @@ CASES: dict[str, Case] = {
     "spectral": Case("spectral norm in branches", step, branch=branches.spectral, steps=3),
     "counting": Case("a buffer that every call replaces, two forwards", two_forwards, branch=branches.Counting),
     "carrying": Case("a state in an attribute, carried from call to call", two_forwards, branch=branches.Carrying),
+    "slope": Case("a gradient taken inside of branches", step, branch=branches.Slope),
     "evaluation": Case("a step in eval mode", evaluation, branch=branches.norm),
     "eval_between": Case("`eval()` between forward and backward", eval_between, branch=branches.norm),
     "autocast": Case("autocast, CPU, bfloat16", autocast, dtype=torch.float32, tolerance=0.03),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -19,7 +18,7 @@ from torch import nn
 
 from .errors import RegistrationError, explain
 
-__all__ = ["ACTIVE", "Registration", "in_place_of", "invertible", "lookup", "register", "registered", "unbracketed", "unregister"]
+__all__ = ["ACTIVE", "Registration", "in_place_of", "invertible", "lookup", "register", "registered", "unregister"]
 
 Inverse = str | Callable[..., Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -99,18 +98,7 @@ def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Cal
     """
     if isinstance(original, FunctionType) and isinstance(method, FunctionType):
         method = FunctionType(method.__code__, original.__globals__, original.__name__, None, method.__closure__)
-    _brackets.add(method)
     return functools.update_wrapper(method, original)
-
-
-def unbracketed(function: Any) -> Any:
-    """What is under the brackets that this package has put around it."""
-    while function in _brackets:
-        function = function.__wrapped__
-    return function
-
-
-_brackets: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
 
 
 def _bracket(original: Callable[..., Any], entry: Registration) -> Callable[..., Any]:

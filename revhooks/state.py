@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
-__all__ = [
-    "PLAIN",
-    "Buffers",
-    "Modes",
-    "detached_clone",
-    "give_attributes",
-    "modules_of",
-    "overwrite_copies",
-    "own_attributes",
-    "untouched",
-]
+__all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -83,7 +73,7 @@ _Owner = dict[str, Tensor | None]  # a module's ``_parameters`` or ``_buffers``
 _mutable: weakref.WeakKeyDictionary[nn.Module, dict[bool, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
-def _overwrites_unread(module: nn.Module) -> TypeGuard[_BatchNorm]:
+def _overwrites_unread(module: nn.Module) -> bool:
     """Whether the module's statistics are written in this call and not read by it.
 
     BatchNorm in training normalises with the batch's own statistics, and its kernel updates the running
@@ -116,18 +106,21 @@ class Buffers:
         "_read",
         "_scripted",
         "_versions",
+        "_written",
         "overwritten",
     )
 
     # (owner, name, value before the call, the buffer): changed by the call and read by it
     _before: tuple[tuple[_Owner, str, Tensor, Tensor], ...]
-    overwritten: tuple[_BatchNorm, ...]  # batch norms, whose statistics are changed by the call and not read by it
+    # (owner, name): changed by the call, not read by it
+    _written: tuple[tuple[_Owner, str], ...]
+    overwritten: tuple[nn.Module, ...]  # whose these are
     # modules whose buffers this call is the first to use: each with a copy and its version
     _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
 
     def __init__(self, modules: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
         self._owned = owned
-        self._before = self._first = self.overwritten = ()
+        self._before = self._written = self._first = self.overwritten = ()
         self._modules = modules
         self._modes = [module.training for module in modules]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
@@ -157,6 +150,7 @@ class Buffers:
         for _, buffer in present:
             _add_key(keys, buffer)
         if _overwrites_unread(module):
+            self._written += tuple((owner, name) for name, _ in present)
             self.overwritten += (module,)
             return
         known = _mutable.get(module, {}).get(module.training)
@@ -169,6 +163,11 @@ class Buffers:
         elif owned:
             unread = "num_batches_tracked" if isinstance(module, _NormBase) else ""  # in eval mode
             self._owners.append((owner, tuple(None if name == unread else buffer for name, buffer in owner.items())))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `torch.compile` is at work in the call: what it has compiled is not to run in another mode."""
+        return any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in self._modules)
 
     def finish(self) -> tuple[bool, bool]:
         """Learn what the call changed: whether that was foreseen, and, looked at closely, whether it wrote parameters."""
@@ -199,9 +198,8 @@ class Buffers:
 
     def add_moved(self, keys: set[int]) -> None:
         """Add the storage keys of the buffers that the call changes: a replay has copies in their places."""
-        for module in self.overwritten:
-            for tensor in module._buffers.values():
-                _add_key(keys, tensor)
+        for owner, name in self._written:
+            _add_key(keys, owner[name])
         for _, _, _, buffer in self._before:
             _add_key(keys, buffer)
 
@@ -220,7 +218,7 @@ class Buffers:
     @property
     def trivial(self) -> bool:
         """Whether a replay has nothing to put back."""
-        if self._before or self.overwritten or [module.training for module in self._modules] != self._modes:
+        if self._before or self._written or [module.training for module in self._modules] != self._modes:
             return False
         if [tensor.requires_grad for tensor in self._read] != self._grads:
             return False
@@ -233,12 +231,8 @@ class Buffers:
         return True
 
     @contextlib.contextmanager
-    def replayed(self, spared: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Put back what the call saw, and afterwards what is there now.
-
-        Args:
-            spared: batch norms that do not write to their statistics this time.
-        """
+    def replayed(self) -> Iterator[None]:
+        """Put back what the call saw, and afterwards what is there now."""
         modes = [module.training for module in self._modules]
         _switch(self._modules, self._modes)
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
@@ -251,11 +245,10 @@ class Buffers:
         for tensor in frozen:
             tensor.requires_grad_(not tensor.requires_grad)
         # the replay writes into copies: the buffers and their version counters stay as they are
-        now: list[tuple[_Owner, str, Tensor | None]] = []
-        for module in self.overwritten:
-            if module not in spared:
-                now += overwrite_copies(module)
+        now = [(owner, name, owner.get(name)) for owner, name in self._written]
         now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
+        for owner, name, buffer in now[: len(self._written)]:
+            owner[name] = None if buffer is None else buffer.detach().clone()
         for owner, name, before, _ in self._before:
             owner[name] = before.clone()  # no leaf, where it carries gradients: it may be written to
         try:
@@ -268,15 +261,6 @@ class Buffers:
             for owner, name, current in swapped:
                 owner[name] = current
             _switch(self._modules, modes)
-
-
-def overwrite_copies(module: nn.Module) -> list[tuple[_Owner, str, Tensor | None]]:
-    """Let a module have copies in place of its buffers; what to put back: where, under which name, and what."""
-    owner: _Owner = module._buffers
-    now = [(owner, name, buffer) for name, buffer in owner.items() if buffer is not None]
-    for _, name, buffer in now:
-        owner[name] = buffer.detach().clone()
-    return now  # type: ignore[return-value]
 
 
 _DICTS = (dict, OrderedDict)

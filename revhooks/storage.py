@@ -22,6 +22,7 @@ __all__ = [
     "is_alone",
     "is_leaf",
     "is_opaque",
+    "is_parameter",
     "reserve",
     "restride",
     "storage_key",
@@ -88,6 +89,11 @@ _NEAR = frozenset({"cpu"})
 def is_near(device: torch.device) -> bool:
     """Whether values of tensors there can be read without waiting for an accelerator."""
     return device.type in _NEAR
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether the memory is a parameter's."""
+    return isinstance(tensor if tensor._base is None else tensor._base, Parameter)
 
 
 def is_leaf(tensor: Tensor) -> bool:

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import revhooks
 from revhooks import nn as rnn
+from revhooks.errors import ReplayError
 from revhooks.runtime import statistics
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -99,13 +101,14 @@ def _registered() -> Iterator[None]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The inputs whose statistics batch norms in training computed."""
     seen: list[torch.Size] = []
-    plain = F.batch_norm
+    plain = torch.batch_norm
 
-    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(x.shape)
-        return plain(x, *args, **kwargs)
+    def counting(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *args: Any) -> Tensor:
+        if training:
+            seen.append(x.shape)
+        return plain(x, weight, bias, mean, var, training, *args)
 
-    monkeypatch.setattr(F, "batch_norm", counting)
+    monkeypatch.setattr(torch, "batch_norm", counting)
     return seen
 
 
@@ -284,6 +287,133 @@ class Eager(nn.Module):
         return self.norm(x).tanh() + slope.detach() + (x * slope.square()).tanh()
 
 
+class Odd(nn.Module):
+    """Calls its norm in some way of its own."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.conv, self.call = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), call
+        self.copies: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.call(self, x))
+
+
+def _saves_nothing_before(module: Odd, x: Tensor) -> Tensor:
+    """Where the first call saves nothing, the second one is at its place."""
+    with torch.no_grad():
+        gate = module.norm(2 * x + x.abs())
+    y = module.norm(x)
+    return torch.where(gate > 0.3, y, y.detach())
+
+
+def _other_hooks_before(module: Odd, x: Tensor) -> Tensor:
+    y = torch_checkpoint(module.norm, 2 * x + x.abs(), use_reentrant=False)
+    return module.norm(y + 1).tanh()
+
+
+def _through_functional(module: Odd, x: Tensor) -> Tensor:
+    norm = module.norm
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=True).tanh()
+
+
+def _wrong_first(module: Odd, x: Tensor) -> Tensor:
+    with contextlib.suppress(ValueError):
+        module.norm(x[0])
+    return module.norm(x).tanh()
+
+
+def _copied(module: Odd, x: Tensor) -> Tensor:
+    module.copies = [copy.deepcopy(module.norm)]
+    return copy.copy(module.norm)(x).tanh() + module.norm(x).sin()
+
+
+def _functional_call(module: Odd, x: Tensor) -> Tensor:
+    given = {name: 2 * weight.detach() + 1 for name, weight in module.norm.named_parameters()}
+    given |= {"running_mean": x.new_zeros(4), "running_var": x.new_ones(4)}
+    return torch.func.functional_call(module.norm, given, x).tanh() + module.norm(x)
+
+
+ODD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a call that saves nothing before": _saves_nothing_before,
+    "a call under other hooks before": _other_hooks_before,
+    "functional": _through_functional,
+    "by its class": lambda module, x: nn.BatchNorm2d.forward(module.norm, x).tanh(),
+    "a call that fails before": _wrong_first,
+    "copies": _copied,
+    "functional_call": _functional_call,
+    "transposed": lambda module, x: module.norm(x.transpose(2, 3)).tanh(),
+    "expanded": lambda module, x: module.norm(x[:, :, :1].expand_as(x)).tanh(),
+    "strided": lambda module, x: module.norm(torch.cat([x, x], 3)[..., ::2]).tanh(),
+}
+
+
+@kinds
+@pytest.mark.parametrize("name", ODD)
+def test_odd_calls(kind: str, name: str) -> None:
+    net = net_of(kind, lambda: Odd(ODD[name]))
+    same(net, input_of(kind), tol=exactness(kind))
+    assert not any("forward" in copied.__dict__ for module in net.modules() for copied in getattr(module, "copies", ()))
+
+
+def test_what_is_not_repeated_before_a_norm_is_seen() -> None:
+    """Its statistics are no evidence: they were given."""
+
+    class Unsteady(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv, self.calls = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            slopes.pop()
+            return self.conv(F.relu(self.norm(F.leaky_relu(x, slopes[-1]))))
+
+    slopes = [0.9, 0.5, 0.1, 0.0]
+    with revhooks.reversible(replay=Unsteady, guard="raise"):
+        y = nn.Sequential(Unsteady(), Residual(nn.Tanh()))(torch.randn(2, 4, 9, 9, requires_grad=True))
+        value = revhooks.checkpoint(Unsteady(), y).sum()
+    with pytest.raises(ReplayError, match="expected what its forward call computed"):
+        value.backward()
+
+
+def test_a_parametrization_is_not_evaluated_more_often() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight * (1 + 0.1 * torch.rand_like(weight))
+
+    def fn() -> nn.Module:
+        norm = nn.BatchNorm2d(4)
+        nn.utils.parametrize.register_parametrization(norm, "weight", Counting())
+        return nn.Sequential(norm, nn.Tanh())
+
+    same(net_of("replay", fn), input_of("replay"), seeded, tol=0.0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_parts(whole: bool) -> None:
+    """Traced without anything of ours around them."""
+
+    def fn() -> nn.Module:
+        net = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        if whole:
+            return torch.compile(net, backend="eager")  # type: ignore[return-value]
+        net[0].compile(backend="eager")
+        return net
+
+    x, gradients = torch.randn(2, 4, 9, 9), []
+    for wrap in (lambda net, x: net(x), revhooks.checkpoint):
+        torch.manual_seed(0)
+        net = fn()
+        gradients.append(torch.autograd.grad(wrap(net, x.requires_grad_()).square().sum(), [*net.parameters()]))
+    assert all(map(torch.equal, *gradients))
+    torch._dynamo.reset()
+
+
 def _patched() -> nn.Module:
     norm = nn.BatchNorm2d(4)
     norm.forward = lambda x: type(norm).forward(norm, x) * 2  # type: ignore[method-assign]
@@ -378,7 +508,7 @@ def test_hooks_of_a_norm_fire_as_before(kind: str) -> None:
 
 
 def test_another_thread_that_calls_a_norm_meanwhile() -> None:
-    """It computes statistics of its own, and keeps them."""
+    """It computes statistics of its own; what it writes is forgotten with the replay that started it."""
     norm = nn.BatchNorm2d(4).double()
     results: list[Tensor] = []
     other = image(2, 4, 9, 9)
@@ -399,7 +529,7 @@ def test_another_thread_that_calls_a_norm_meanwhile() -> None:
     module = Meanwhile()
     revhooks.checkpoint(module, image(2, 4, 9, 9).requires_grad_()).square().mean().backward()
     assert torch.equal(results[0], nn.BatchNorm2d(4).double()(other).detach())
-    assert module.norm.num_batches_tracked == 2
+    assert module.norm.num_batches_tracked == 1
 
 
 def test_an_exception_in_a_replay_leaves_nothing_behind() -> None:

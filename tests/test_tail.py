@@ -234,6 +234,47 @@ def test_an_operation_that_writes_into_what_it_has_saved() -> None:
         assert all(map(torch.equal, *gradients))
 
 
+def test_another_zero() -> None:
+    """A mask of -0 and 1 is no mask of 0 and 1."""
+    mask = torch.tensor([-0.0, 1.0]).repeat(64)
+    x = torch.ones(128, requires_grad=True)
+    expected = torch.autograd.grad((x / mask).sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(revhooks.checkpoint(lambda x: x / mask, x).sum(), x)[0], expected)
+    assert expected[0] == -float("inf")
+
+
+class Cleaning(Layer):
+    """Saves something on its way out, and holds back what is raised inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.wide(self.norm(x)))
+        try:
+            try:
+                y = self.narrow(hidden)
+            except:  # noqa: E722
+                y = self.narrow(hidden)
+            y = self.end(y)
+        finally:
+            extra = (hidden * hidden).mean()
+        return x + y + extra
+
+
+def test_code_that_cleans_up_after_the_end() -> None:
+    model = nn.Sequential(*[Cleaning(nn.Dropout(0.3)) for _ in range(2)])
+    plain = trained(model, backward, contextlib.nullcontext())
+    for ops in (True, False):
+        assert same(plain, trained(model, backward, revhooks.reversible(replay=Cleaning, ops=ops)))
+
+
+def test_a_parameter_that_was_given_other_memory_raises() -> None:
+    """However little it has changed: it was not made again inside."""
+    layer, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(4, 8, requires_grad=True)
+    y = revhooks.checkpoint(layer, x)
+    layer[0].weight.data = layer[0].weight.data * (1 + 1e-6)
+    with pytest.raises(ReplayError, match="the same parameter or buffer"):
+        y.sum().backward()
+
+
 def test_a_replay_that_differs_before_its_tail_raises() -> None:
     layer, factor = Layer(nn.Dropout(0.3)), [1.0]
     y = revhooks.checkpoint(lambda x: layer(x * factor[0]), torch.randn(4, 8, 32, requires_grad=True))

@@ -38,6 +38,7 @@ class CallState:
         "_buffers",
         "_copies",
         "_device",
+        "_exact",
         "_kinds",
         "_ledger",
         "_modes",
@@ -71,6 +72,7 @@ class CallState:
         self.rng_after: Rng | None = None
         self.surprise = ""  # why the call cannot be repeated
         self._statistics: Statistics | None = None
+        self._exact = frame.exact
 
     def watched(self) -> contextlib.AbstractContextManager[Any]:
         """A context for the call, which sees what has to be seen of it."""
@@ -95,7 +97,7 @@ class CallState:
 
     def remember(self, slots: Slots) -> None:
         """Before what the call saved is let go of: note what is not to be computed again."""
-        if self._statistics is None and self._buffers.overwritten:
+        if self._statistics is None and self._buffers.overwritten and not self._buffers.compiled:
             self._statistics = Statistics(slots, self._buffers.overwritten, self._ledger)
 
     def check(self, label: str) -> None:
@@ -152,6 +154,5 @@ class CallState:
     def _with_buffers(self, call: Callable[[], _T]) -> _T:
         if self._buffers.trivial:
             return call()
-        with self._statistics.given() if self._statistics is not None else _NOTHING as spared:
-            with self._buffers.replayed(spared or ()):
-                return call()
+        with self._buffers.replayed(), self._statistics.given(exact=self._exact) if self._statistics else _NOTHING:
+            return call()

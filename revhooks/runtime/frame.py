@@ -63,6 +63,8 @@ class Frame(abc.ABC):
     from its outputs. Handles hold their frame, a frame holds its outputs, and its inputs only weakly.
     """
 
+    exact = False  # whether what it is rebuilt from is what it was
+
     def __init__(self, run: Run, facts: Facts, *, training: bool = True) -> None:
         self.run = run
         self.facts = facts

@@ -49,6 +49,23 @@ def is_measured(tensor: Tensor) -> bool:
     return tensor.dtype in _TOLERANCE and tensor.numel() > 0 and not tensor.is_meta
 
 
+def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool) -> bool:
+    """Whether a tensor is what it was: bit by bit, or up to what an inversion drifts by.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> is_again(x + 1e-7, x, exact=True), is_again(x + 1e-7, x, exact=False), is_again(x + 1e-3, x, exact=False)
+        (False, True, False)
+    """
+    if rebuilt.shape != original.shape or rebuilt.dtype is not original.dtype or original.is_meta:
+        return False
+    if torch.equal(rebuilt, original):
+        return True
+    if exact or not original.is_floating_point() or not bool(original.isfinite().all()):
+        return False
+    return bool(relative_error(rebuilt, original) <= torch.finfo(original.dtype).eps ** 0.7)
+
+
 def relative_error(rebuilt: Tensor, original: Tensor) -> float:
     """Relative L2 error; 0 where the original is not finite, infinite where only the rebuilt is not.
 

@@ -46,7 +46,11 @@ class SlotHandle(Source):
         self._index = index
 
     def __del__(self) -> None:
-        self._slots.kill(self._index)
+        try:
+            slots = self._slots
+        except AttributeError:  # one of a tracer's, which makes it without arguments
+            return
+        slots.kill(self._index)
 
     def within(self, slots: Slots) -> Source | None:
         """What these slots hold there, if it is one of theirs."""

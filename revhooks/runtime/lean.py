@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import is_leaf, is_opaque
+from ..storage import is_opaque
 from .handle import SlotHandle, ViewHandle
-from .slots import ALONE, DEAD, EnoughError, Slots
+from .slots import ALONE, DEAD, EnoughError, Slots, kind_of
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -49,7 +49,7 @@ class LeanSlots(Slots):
         """Pack a tensor that was saved during forward."""
         if self._plain:
             return super().save(tensor, frame)
-        self._leaves.append(is_leaf(tensor))
+        self._leaves.append(kind_of(tensor))
         self._versions.append(tensor._version)
         if is_opaque(tensor):
             self._seen.append((None, ALONE, 0))
@@ -82,6 +82,10 @@ class LeanSlots(Slots):
         self._seen = []
         self._looks = expected
         self._ledger.pack(self._packed)
+
+    def is_at_hand(self, index: int) -> bool:
+        """Whether what was saved at a place is held itself, and not to be made first."""
+        return self.tensors[index] is not None and (self._plain or self._is_there(self.tensors[index]))
 
     # -- handles
 
@@ -201,6 +205,8 @@ class LeanSlots(Slots):
     def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
         def pack(tensor: Tensor) -> Any:
             index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
+            if index == stop:  # all is there; this is code that cleans up
+                return tensor.detach()
             if index < len(self._looks):
                 self._verify(index, tensor)
             entry: Any = tensor.detach()

@@ -135,6 +135,8 @@ class ReplayFrame(Frame):
     recomputes is not kept while the outer one is recomputed.
     """
 
+    exact = True
+
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..storage import is_near
 from .guard import is_measured
 
-__all__ = ["Sketch"]
+__all__ = ["Sketch", "some_of"]
 
 ELEMENTS = 32  # of each tensor
 
@@ -49,7 +49,7 @@ class Sketch:
             if is_measured(tensor):
                 places, parts = found.setdefault((tensor.dtype, tensor.device), ([], []))
                 places.append(place)
-                parts.append(_some(tensor.detach()))
+                parts.append(some_of(tensor.detach()))
         self._groups = {
             key: _Group(places, [part.numel() for part in parts], torch.cat(parts)) for key, (places, parts) in found.items()
         }
@@ -66,7 +66,8 @@ class Sketch:
         return pairs
 
 
-def _some(tensor: Tensor) -> Tensor:
+def some_of(tensor: Tensor) -> Tensor:
+    """Evenly spread elements of a tensor; they may lie in its memory."""
     numel = tensor.numel()
     if numel <= ELEMENTS:
         return tensor.reshape(-1)

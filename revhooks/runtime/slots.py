@@ -14,8 +14,8 @@ from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 
 from ..errors import ModifiedError, ReplayError, explain
 from ..ops import Source
-from ..storage import is_leaf, is_opaque
-from .guard import relative_error
+from ..storage import is_leaf, is_opaque, is_parameter
+from .guard import is_again
 from .handle import SlotHandle
 from .local import LOCAL, Filling
 from .value import modified
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import Facts
     from .tail import Tail
 
-__all__ = ["ALONE", "DEAD", "EnoughError", "Slots"]
+__all__ = ["ALONE", "DEAD", "EnoughError", "Slots", "kind_of"]
 
 _T = TypeVar("_T")
 _Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -75,7 +75,7 @@ class Slots:
     def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
         """Pack a tensor that was saved during forward."""
         tensors = self.tensors
-        self._leaves.append(is_leaf(tensor))
+        self._leaves.append(kind_of(tensor))
         tensors.append(tensor.detach())  # Rule 2
         self._versions.append(tensor._version)
         return SlotHandle(frame, self, len(tensors) - 1)
@@ -170,6 +170,10 @@ class Slots:
             return looks[0]
         return None if looks in (ALONE, DEAD) else _looks_of(self.entry(index))
 
+    def is_at_hand(self, index: int) -> bool:
+        """Whether what was saved at a place is held itself, and not to be made first."""
+        return self.tensors[index] is not None
+
     def entry(self, index: int) -> Tensor:
         """The tensor that is held at a place."""
         entry = self.tensors[index]
@@ -225,6 +229,8 @@ class Slots:
 
         def pack(tensor: Tensor) -> Tensor:
             detached = tensor.detach()
+            if len(saved) == last:  # all is there; this is code that cleans up
+                return detached
             saved.append(detached)
             if len(saved) == last:
                 raise EnoughError
@@ -306,10 +312,9 @@ class Slots:
 
     def _is_made_again(self, tensor: Tensor, index: int, frame: Frame) -> bool:
         """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
-        made = self.entry(index) if self.tensors[index] is not None else None
-        if made is None or type(tensor) is not Tensor or _looks_of(made) != _looks_of(tensor):
+        if self._leaves[index] != _LEAF or self.tensors[index] is None:
             return False
-        return relative_error(tensor.detach(), made) <= frame.bounds(made)[0]
+        return is_again(tensor.detach(), self.entry(index), exact=frame.exact)
 
     # -- errors
 
@@ -333,6 +338,14 @@ class Slots:
 
     def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
         return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+_LEAF, _PARAMETER = 1, 2
+
+
+def kind_of(tensor: Tensor) -> int:
+    """0 for what some operation has made, else whether it is a parameter's memory or another leaf's."""
+    return 0 if not is_leaf(tensor) else _PARAMETER if is_parameter(tensor) else _LEAF
 
 
 def _looks_of(tensor: Tensor) -> _Looks:

@@ -6,36 +6,37 @@ its time on a CPU. Autograd saves both: a few numbers a channel, which are worth
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..ops import SAME_ON_CPU, Normalise
-from ..registry import unbracketed
-from ..state import overwrite_copies
 from ..storage import Held, Ledger, storage_key
+from .guard import is_again
 from .local import LOCAL
-from .slots import Slots
+from .sketch import some_of
+
+if TYPE_CHECKING:
+    from .slots import Slots
 
 __all__ = ["Statistics"]
 
 WORTH = 4096  # elements a channel; below, what is held is no trifle, and what is spared is
-_FORWARD = unbracketed(_BatchNorm.forward)  # which a class may have under a bracket
 _NOTHING = (torch.Size(), (), None, torch.device("meta"))
+_BATCH_NORM = F.batch_norm
 
 
 class _Batch(NamedTuple):
-    """What one call of a batch norm computed over its batch."""
+    """What one batch norm computed over its batch, and some of the elements of that."""
 
-    module: _BatchNorm
     mean: Held
     rstd: Held
+    eps: float
+    elements: Tensor
 
 
 class Statistics:
@@ -43,24 +44,29 @@ class Statistics:
 
     Args:
         slots: what the call saved, before it is let go of.
-        modules: the batch norms that it may have called.
+        modules: those that it may have called.
         ledger: counts what is held.
     """
 
-    __slots__ = ("_batches", "_modules", "_slots")
+    __slots__ = ("_batches", "_slots")
 
-    def __init__(self, slots: Slots, modules: Sequence[_BatchNorm], ledger: Ledger) -> None:
+    def __init__(self, slots: Slots, modules: Sequence[nn.Module], ledger: Ledger) -> None:
         self._slots = slots
         self._batches: dict[int, _Batch] = {}
-        known: dict[int, _BatchNorm] = {}
+        known: dict[int, nn.Module] = {}
         for module in modules:
-            if unbracketed(type(module).forward) is _FORWARD and module.running_mean is not None:
-                known[storage_key(module.running_mean)] = module
+            running_mean = module._buffers.get("running_mean")
+            if running_mean is not None:
+                known[storage_key(running_mean)] = module
         for place, key in slots.passed(known):
             found = _found(slots, place, known[key])
             if found is not None:
-                self._batches[place - 1] = _Batch(known[key], *(Held(ledger, statistic) for statistic in found))
-        self._modules = {batch.module for batch in self._batches.values()}
+                x, mean, rstd = found
+                eps = float(known[key].eps)  # type: ignore[arg-type]
+                self._batches[place - 1] = _Batch(Held(ledger, mean), Held(ledger, rstd), eps, some_of(x).clone())
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
 
     def tensors(self) -> Iterator[Tensor]:
         """What it holds."""
@@ -68,52 +74,85 @@ class Statistics:
             yield batch.mean.tensor
             yield batch.rstd.tensor
 
-    @contextlib.contextmanager
-    def given(self) -> Iterator[frozenset[_BatchNorm]]:
-        """Let this thread's calls of the batch norms use them; gives those that leave their buffers alone then."""
-        taken = frozenset(module for module in self._modules if "forward" not in module.__dict__)
-        thread = threading.get_ident()
-        for module in taken:
-            module.__dict__["forward"] = functools.partial(self._forward, module, thread)
-        try:
-            yield taken
-        finally:
-            for module in taken:
-                module.__dict__.pop("forward", None)
+    def given(self, *, exact: bool) -> TorchFunctionMode:
+        """A context for a replay, whose batch norms use them where their input is what it was (`is_again`)."""
+        return _Given(self, exact=exact)
 
-    def _forward(self, module: _BatchNorm, thread: int, input: Tensor) -> Any:  # noqa: A002
-        if threading.get_ident() != thread:
-            return type(module).forward(module, input)
+    def batch(self, x: Tensor, eps: float, *, exact: bool) -> _Batch | None:
+        """The statistics of a batch norm that saves now, of the same input."""
         filling = LOCAL.filling if LOCAL.sink is None else None  # what it saves goes there, not into another frame inside
-        batch = self._batches.get(len(filling.saved)) if filling is not None and filling.slots is self._slots else None
-        if batch is None or batch.module is not module:
-            return _apart(module, input)
-        affine, buffers = (module.weight, module.bias), (module.running_mean, module.running_var)
-        return Normalise.apply(input, *affine, *buffers, batch.mean.tensor, batch.rstd.tensor, module.eps)
+        if filling is None or filling.slots is not self._slots:
+            return None
+        batch = self._batches.get(len(filling.saved))
+        if batch is None or batch.eps != eps:
+            return None
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is None or hooks[0] is not filling.pack:
+            return None
+        return batch if is_again(some_of(x.detach()), batch.elements, exact=exact) else None
 
 
-def _found(slots: Slots, place: int, module: _BatchNorm) -> list[Tensor] | None:
-    """Mean and deviation of the call that saved the running mean at this place.
+class _Given(TorchFunctionMode):
+    def __init__(self, statistics: Statistics, *, exact: bool) -> None:
+        super().__init__()
+        self._statistics = statistics
+        self._exact = exact
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is _BATCH_NORM:
+            normalised = self._normalised(*args, **kwargs)
+            if normalised is not None:
+                return normalised
+        return function(*args, **kwargs)
+
+    def _normalised(
+        self,
+        input: Tensor,  # noqa: A002
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        affine = [parameter for parameter in (weight, bias) if parameter is not None]
+        if not training or running_mean is None or running_var is None or not _is_alike(input, affine, exact=self._exact):
+            return None
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (input, *affine)):
+            return None
+        batch = self._statistics.batch(input, eps, exact=self._exact)
+        if batch is None:
+            return None
+        y: Tensor = Normalise.apply(input, weight, bias, running_mean, running_var, batch.mean.tensor, batch.rstd.tensor, eps)
+        return y
+
+
+def _is_alike(x: Tensor, affine: list[Tensor], *, exact: bool) -> bool:
+    """Whether a batch norm may be given its statistics; and, if it has to be exact, both ways end in the same kernel."""
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SAME_ON_CPU:
+        return False
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if any(parameter.dtype is not x.dtype for parameter in affine):
+        return False
+    dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+    return not exact or (dense and all(parameter.is_contiguous() for parameter in affine))
+
+
+def _found(slots: Slots, place: int, module: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Input, mean and deviation of the call that saved the running mean at this place.
 
     A batch norm saves its input, the running mean, the running variance, the weight if it has one, and these two.
     """
     shape, _, dtype, device = slots.looks(place - 1) or _NOTHING
-    if device.type != "cpu" or dtype not in SAME_ON_CPU or shape.numel() < WORTH * module.num_features:
+    if device.type != "cpu" or dtype not in SAME_ON_CPU or "weight" not in module._parameters:
         return None
-    if any(parameter is not None and parameter.dtype is not dtype for parameter in (module.weight, module.bias)):
+    channels = shape[1] if len(shape) > 1 else 0
+    if not channels or shape.numel() < WORTH * channels:
         return None
-    first = place + (2 if module.weight is None else 3)
-    expected = (torch.Size([module.num_features]), (1,), dtype, device)
-    if slots.looks(first) != expected or slots.looks(first + 1) != expected:
+    first = place + (2 if module._parameters["weight"] is None else 3)
+    expected = (torch.Size([channels]), (1,), dtype, device)
+    if slots.looks(first) != expected or slots.looks(first + 1) != expected or not slots.is_at_hand(place - 1):
         return None
-    return [slots.entry(first), slots.entry(first + 1)]
-
-
-def _apart(module: _BatchNorm, x: Tensor) -> Tensor:
-    """A call that writes into copies of its buffers."""
-    replaced = overwrite_copies(module)
-    try:
-        return type(module).forward(module, x)
-    finally:
-        for owner, name, buffer in replaced:
-            owner[name] = buffer
+    return slots.entry(place - 1), slots.entry(first), slots.entry(first + 1)

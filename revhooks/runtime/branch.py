@@ -98,7 +98,8 @@ class CallState:
     def remember(self, slots: Slots) -> None:
         """Before what the call saved is let go of: note what is not to be computed again."""
         if self._statistics is None and self._buffers.overwritten and not self._buffers.compiled:
-            self._statistics = Statistics(slots, self._buffers.overwritten, self._ledger)
+            self._statistics = Statistics(slots, self._buffers.overwritten, self._ledger, exact=self._exact)
+            slots.statistics = self._statistics or None
 
     def check(self, label: str) -> None:
         """Raise if a parameter or buffer that the call read was modified since (Rule 8).
@@ -154,5 +155,5 @@ class CallState:
     def _with_buffers(self, call: Callable[[], _T]) -> _T:
         if self._buffers.trivial:
             return call()
-        with self._buffers.replayed(), self._statistics.given(exact=self._exact) if self._statistics else _NOTHING:
+        with self._buffers.replayed():
             return call()

@@ -49,6 +49,9 @@ def is_measured(tensor: Tensor) -> bool:
     return tensor.dtype in _TOLERANCE and tensor.numel() > 0 and not tensor.is_meta
 
 
+DRIFT = 0.7  # what an inversion drifts by is below the dtype's precision to this power
+
+
 def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool) -> bool:
     """Whether a tensor is what it was: bit by bit, or up to what an inversion drifts by.
 
@@ -63,7 +66,7 @@ def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool) -> bool:
         return True
     if exact or not original.is_floating_point() or not bool(original.isfinite().all()):
         return False
-    return bool(relative_error(rebuilt, original) <= torch.finfo(original.dtype).eps ** 0.7)
+    return bool(relative_error(rebuilt, original) <= torch.finfo(original.dtype).eps ** DRIFT)
 
 
 def relative_error(rebuilt: Tensor, original: Tensor) -> float:

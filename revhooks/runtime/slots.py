@@ -23,6 +23,7 @@ from .value import modified
 if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
+    from .statistics import Statistics
     from .tail import Tail
 
 __all__ = ["ALONE", "DEAD", "EnoughError", "Slots", "kind_of"]
@@ -52,6 +53,7 @@ class Slots:
         "_versions",
         "live",
         "position",
+        "statistics",
         "tensors",
         "transient",
     )
@@ -67,6 +69,7 @@ class Slots:
         self._packed = 0  # bytes that plain autograd would hold
         self.live = 0  # handles of slots that are not passed
         self.position = position
+        self.statistics: Statistics | None = None  # which a replay need not compute
         self.tensors: list[Any] = []  # tensors, or what gives them
         self.transient = False  # filled for one pass of a graph that is retained
 
@@ -253,7 +256,10 @@ class Slots:
         outer, LOCAL.filling = LOCAL.filling, Filling(frame.run, self, pack, saved) if frame is not None else None
         push_hooks(pack, self._unpacked)
         try:
-            return call()
+            if self.statistics is None:
+                return call()
+            with self.statistics.given():
+                return call()
         finally:
             pop_hooks()
             LOCAL.filling = outer

@@ -6,6 +6,7 @@ its time on a CPU. Autograd saves both: a few numbers a channel, which are worth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..ops import SAME_ON_CPU, Normalise
 from ..storage import Held, Ledger, storage_key
-from .guard import is_again
+from .guard import DRIFT
 from .local import LOCAL
 from .sketch import some_of
 
@@ -36,7 +37,7 @@ class _Batch(NamedTuple):
     mean: Held
     rstd: Held
     eps: float
-    elements: Tensor
+    elements: list[float]
 
 
 class Statistics:
@@ -46,12 +47,13 @@ class Statistics:
         slots: what the call saved, before it is let go of.
         modules: those that it may have called.
         ledger: counts what is held.
+        exact: a replay has to give the same bits.
     """
 
-    __slots__ = ("_batches", "_slots")
+    __slots__ = ("_batches", "_exact")
 
-    def __init__(self, slots: Slots, modules: Sequence[nn.Module], ledger: Ledger) -> None:
-        self._slots = slots
+    def __init__(self, slots: Slots, modules: Sequence[nn.Module], ledger: Ledger, *, exact: bool) -> None:
+        self._exact = exact
         self._batches: dict[int, _Batch] = {}
         known: dict[int, nn.Module] = {}
         for module in modules:
@@ -63,7 +65,7 @@ class Statistics:
             if found is not None:
                 x, mean, rstd = found
                 eps = float(known[key].eps)  # type: ignore[arg-type]
-                self._batches[place - 1] = _Batch(Held(ledger, mean), Held(ledger, rstd), eps, some_of(x).clone())
+                self._batches[place - 1] = _Batch(Held(ledger, mean), Held(ledger, rstd), eps, some_of(x).tolist())
 
     def __bool__(self) -> bool:
         return bool(self._batches)
@@ -74,14 +76,14 @@ class Statistics:
             yield batch.mean.tensor
             yield batch.rstd.tensor
 
-    def given(self, *, exact: bool) -> TorchFunctionMode:
+    def given(self) -> TorchFunctionMode:
         """A context for a replay, whose batch norms use them where their input is what it was (`is_again`)."""
-        return _Given(self, exact=exact)
+        return _Given(self, exact=self._exact)
 
-    def batch(self, x: Tensor, eps: float, *, exact: bool) -> _Batch | None:
+    def batch(self, x: Tensor, eps: float) -> _Batch | None:
         """The statistics of a batch norm that saves now, of the same input."""
         filling = LOCAL.filling if LOCAL.sink is None else None  # what it saves goes there, not into another frame inside
-        if filling is None or filling.slots is not self._slots:
+        if filling is None or filling.slots.statistics is not self:
             return None
         batch = self._batches.get(len(filling.saved))
         if batch is None or batch.eps != eps:
@@ -89,7 +91,17 @@ class Statistics:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         if hooks is None or hooks[0] is not filling.pack:
             return None
-        return batch if is_again(some_of(x.detach()), batch.elements, exact=exact) else None
+        return batch if self._is_again(some_of(x.detach()), batch.elements) else None
+
+    def _is_again(self, elements: Tensor, before: list[float]) -> bool:
+        """`is_again`, for a few numbers."""
+        now: list[float] = elements.tolist()
+        if now == before:
+            return True
+        if self._exact or len(now) != len(before):
+            return False
+        error = math.dist(now, before)
+        return bool(error <= torch.finfo(elements.dtype).eps ** DRIFT * math.hypot(*before) < math.inf)
 
 
 class _Given(TorchFunctionMode):
@@ -122,7 +134,7 @@ class _Given(TorchFunctionMode):
             return None
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (input, *affine)):
             return None
-        batch = self._statistics.batch(input, eps, exact=self._exact)
+        batch = self._statistics.batch(input, eps)
         if batch is None:
             return None
         y: Tensor = Normalise.apply(input, weight, bias, running_mean, running_var, batch.mean.tensor, batch.rstd.tensor, eps)

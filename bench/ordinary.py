@@ -273,7 +273,7 @@ def curve_of(curve: Curve, options: Options) -> dict[str, Any]:
     for name in budgets:
         peaks[name] = accounted(contenders[name])[1]
     say(f"budget: {curve.name}: time")
-    times = options.timed(contenders, seconds=150)
+    times = options.timed(contenders, seconds=90)
     points = [
         {
             "name": name,

@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,9 +78,18 @@ def _overwrites_unread(module: nn.Module) -> bool:
     """Whether the module's statistics are written in this call and not read by it.
 
     BatchNorm in training normalises with the batch's own statistics, and its kernel updates the running
-    ones without a version bump. InstanceNorm's saves copies of them.
+    ones without a version bump. InstanceNorm's saves copies of them. A class with a forward of its own may read them.
     """
-    return isinstance(module, _BatchNorm) and module.training and module.track_running_stats
+    if not isinstance(module, _BatchNorm) or not module.training or not module.track_running_stats:
+        return False
+    forward: Any = type(module).forward
+    while getattr(getattr(forward, "__code__", None), "co_filename", "").startswith(_PACKAGE):  # a bracket of ours
+        forward = forward.__wrapped__
+    return forward in _BATCH_NORMS
+
+
+_PACKAGE = str(Path(__file__).parent)
+_BATCH_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
 class Buffers:

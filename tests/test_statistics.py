@@ -273,6 +273,13 @@ class Decorated(nn.BatchNorm2d):
         return super().forward(*args).sin()
 
 
+class Reading(nn.BatchNorm2d):
+    """Reads what it writes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + 0.1 * float(self.num_batches_tracked or 0)) + self.running_mean.view(1, -1, 1, 1)
+
+
 class Eager(nn.Module):
     """Asks for a gradient inside of its forward."""
 
@@ -434,6 +441,7 @@ def _parametrized() -> nn.Module:
 BRANCHES: dict[str, Make] = {
     "one norm at three places": Repeated,
     "a derived norm": lambda: nn.Sequential(Derived(4), nn.Conv2d(4, 4, 1)),
+    "a norm that reads what it writes": lambda: nn.Sequential(Reading(4), nn.Tanh(), nn.Conv2d(4, 4, 1)),
     "a decorated norm": lambda: nn.Sequential(Decorated(4), nn.Conv2d(4, 4, 1)),
     "a gradient inside": Eager,
     "shared": _shared,

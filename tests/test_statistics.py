@@ -86,7 +86,6 @@ KINDS: dict[str, Callable[[Make], nn.Module]] = {
     "streams": lambda fn: rnn.ReversibleSequential(*[fn() for _ in range(6)]),
     "foreign": lambda fn: nn.Sequential(*[Foreign(fn(), fn()) for _ in range(3)]),
 }
-CALLS = {"replay": 6, "coupling": 6, "streams": 6, "foreign": 6}  # of a branch in forward
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -17,7 +17,7 @@ from ..storage import is_near
 if TYPE_CHECKING:
     from .plan import Fallback
 
-__all__ = ["Guard", "Sample", "is_measured", "relative_error", "tolerance"]
+__all__ = ["DRIFT", "Guard", "Sample", "is_again", "is_measured", "relative_error", "tolerance"]
 
 Verdict = Callable[[float, int], None]  # takes a relative error, and how many exact zeros have not come back
 Defer = Callable[[Callable[[], None]], bool]  # calls a function at the end of the backward pass; False outside of one

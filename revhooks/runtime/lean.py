@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import Source
 from ..storage import is_opaque
 from .handle import SlotHandle, ViewHandle
-from .slots import ALONE, DEAD, EnoughError, Slots, kind_of
+from .slots import ALONE, DEAD, EnoughError, Slots, kind_of, looks_of
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -55,8 +55,7 @@ class LeanSlots(Slots):
             self._seen.append((None, ALONE, 0))
         else:
             storage = tensor.untyped_storage()
-            looks = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-            self._seen.append((looks, storage._cdata, storage.nbytes()))
+            self._seen.append((looks_of(tensor), storage._cdata, storage.nbytes()))
         self.tensors.append(frame.run.pack_inside(tensor, self, frame.label))
         return SlotHandle(frame, self, len(self.tensors) - 1)
 

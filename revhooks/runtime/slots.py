@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .statistics import Statistics
     from .tail import Tail
 
-__all__ = ["ALONE", "DEAD", "EnoughError", "Slots", "kind_of"]
+__all__ = ["ALONE", "DEAD", "EnoughError", "Slots", "kind_of", "looks_of"]
 
 _T = TypeVar("_T")
 _Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -97,7 +97,7 @@ class Slots:
                 keys.append(0)
                 alive.append(0)
                 continue
-            looks.append((_looks_of(tensor), is_input))
+            looks.append((looks_of(tensor), is_input))
             size = storage.nbytes()
             hold(key, size)
             keys.append(key)
@@ -171,7 +171,7 @@ class Slots:
         looks = self._looks[index]
         if not isinstance(looks, int):
             return looks[0]
-        return None if looks in (ALONE, DEAD) else _looks_of(self.entry(index))
+        return None if looks in (ALONE, DEAD) else looks_of(self.entry(index))
 
     def is_at_hand(self, index: int) -> bool:
         """Whether what was saved at a place is held itself, and not to be made first."""
@@ -295,7 +295,7 @@ class Slots:
             self._check_passed(tensor, looks, index)
             return False
         expected, is_input = looks
-        if _looks_of(tensor) != expected:
+        if looks_of(tensor) != expected:
             raise self._looks_different(expected, tensor, index)
         version = tensor._version
         if is_input:  # whose version differs at replay
@@ -336,7 +336,7 @@ class Slots:
 
     def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
         names = ("shape", "stride", "dtype", "device")
-        now = _looks_of(tensor)
+        now = looks_of(tensor)
         differ = [(n, e, g) for n, e, g in zip(names, looks, now, strict=True) if e != g]
         expected = ", ".join(f"{name} {_plain(value)}" for name, value, _ in differ)
         got = ", ".join(f"{name} {_plain(value)}" for name, _, value in differ)
@@ -354,7 +354,8 @@ def kind_of(tensor: Tensor) -> int:
     return 0 if not is_leaf(tensor) else _PARAMETER if is_parameter(tensor) else _LEAF
 
 
-def _looks_of(tensor: Tensor) -> _Looks:
+def looks_of(tensor: Tensor) -> _Looks:
+    """What shows whether a replay has saved the same kind of tensor."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 

@@ -50,10 +50,10 @@ class Statistics:
         exact: a replay has to give the same bits.
     """
 
-    __slots__ = ("_batches", "_exact")
+    __slots__ = ("_batches", "exact")
 
     def __init__(self, slots: Slots, modules: Sequence[nn.Module], ledger: Ledger, *, exact: bool) -> None:
-        self._exact = exact
+        self.exact = exact
         self._batches: dict[int, _Batch] = {}
         known: dict[int, nn.Module] = {}
         for module in modules:
@@ -78,7 +78,7 @@ class Statistics:
 
     def given(self) -> TorchFunctionMode:
         """A context for a replay, whose batch norms use them where their input is what it was (`is_again`)."""
-        return _Given(self, exact=self._exact)
+        return _Given(self)
 
     def batch(self, x: Tensor, eps: float) -> _Batch | None:
         """The statistics of a batch norm that saves now, of the same input."""
@@ -98,17 +98,16 @@ class Statistics:
         now: list[float] = elements.tolist()
         if now == before:
             return True
-        if self._exact or len(now) != len(before):
+        if self.exact or len(now) != len(before):
             return False
         error = math.dist(now, before)
         return bool(error <= torch.finfo(elements.dtype).eps ** DRIFT * math.hypot(*before) < math.inf)
 
 
 class _Given(TorchFunctionMode):
-    def __init__(self, statistics: Statistics, *, exact: bool) -> None:
+    def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._statistics = statistics
-        self._exact = exact
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,7 +129,9 @@ class _Given(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         affine = [parameter for parameter in (weight, bias) if parameter is not None]
-        if not training or running_mean is None or running_var is None or not _is_alike(input, affine, exact=self._exact):
+        if not training or running_mean is None or running_var is None:
+            return None
+        if not _is_alike(input, affine, exact=self._statistics.exact):
             return None
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (input, *affine)):
             return None

@@ -8,6 +8,7 @@ every attribute of a tensor, a dispatch mode 10.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ __all__ = [
     "is_doubtful",
     "is_operation",
     "is_view",
+    "normalises_alike",
     "operation",
     "saves_result",
 ]
@@ -305,7 +307,7 @@ def _batch_norm(node: Any) -> Operation | None:
         mean, deviation = _saved(node, "result1"), _saved(node, "result2")
         output = node._input_metadata[0]
         if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
-            return Operation(_normalise, (source, *affine, mean, deviation))
+            return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
         # the statistics are those of the batch; the running ones are not touched
         return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine), cost=2.0)
     mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
@@ -327,6 +329,20 @@ def _normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     """
     scale = rstd if weight is None else rstd * weight
     return torch.batch_norm(x, scale, bias, mean, torch.ones_like(mean), False, 0.0, 0.0, True)
+
+
+def _normalise_again(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The same bits as the batch norm's."""
+    if normalises_alike(x, weight, bias):
+        return _normalise(x, weight, bias, mean, rstd)
+    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, True)
+
+
+def normalises_alike(x: Tensor, *affine: Tensor | None) -> bool:
+    """Whether a batch norm on a CPU ends in that kernel; else it computes ``(x - mean) * rstd * weight + bias``."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+    return dense and all(parameter is None or parameter.is_contiguous() for parameter in affine)
 
 
 class Normalise(torch.autograd.Function):

@@ -201,6 +201,45 @@ def test_arguments_and_outputs_of_any_kind() -> None:
     assert all(map(torch.equal, got, expected))
 
 
+@CONTEXTS
+def test_one_tensor_given_twice_is_one(inside: bool) -> None:
+    """Attention takes another way where query, key and value are one."""
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8, requires_grad=True)
+    leaves = (x, *attention.parameters())
+    h = x * 1
+    expected = torch.autograd.grad(attention(h, h, value=h)[0].square().sum(), leaves)
+    with scope(inside):
+        h = x * 1
+        loss = revhooks.checkpoint(attention, h, h, value=h)[0].square().sum()
+        assert all(map(torch.equal, torch.autograd.grad(loss, leaves), expected))
+
+    class Pair:
+        def __init__(self, a: Tensor) -> None:
+            self.a, self.b, self.uses = a, a, 0
+
+    def fn(x: Tensor, pair: Pair) -> Tensor:
+        pair.uses += 1
+        same = pair.a is pair.b
+        return (x * pair.a).exp() if same else x.sin().sin()
+
+    y = torch.randn(3, 5, 8)
+    with scope(inside):
+        (grad,) = torch.autograd.grad(revhooks.checkpoint(fn, x * 1, Pair(y)).sum(), x)
+    assert torch.equal(grad, torch.autograd.grad(fn(x * 1, Pair(y)).sum(), x)[0])
+
+
+def test_self_attention_replayed_by_name() -> None:
+    net = nn.Sequential(*[nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3)])
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    leaves = (x, *net.parameters())
+    results = []
+    for replay in (None, nn.MultiheadAttention, (nn.MultiheadAttention, nn.Linear), nn.TransformerEncoderLayer):
+        torch.manual_seed(0)
+        with revhooks.reversible(replay=replay) if replay else torch.enable_grad():
+            results.append(torch.autograd.grad(net(x * 1).square().sum(), leaves))
+    assert all(all(map(torch.equal, results[0], result)) for result in results[1:])
+
+
 def test_no_tensors_and_no_grad() -> None:
     assert revhooks.checkpoint(lambda a, b: a + b, 1, 2) == 3
     with torch.no_grad():

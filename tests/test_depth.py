@@ -202,3 +202,45 @@ def test_a_chain_under_function_transforms() -> None:
     assert torch.allclose(torch.func.jacrev(chain)(x[0]), torch.func.jacfwd(chain)(x[0]))
     each = torch.func.vmap(torch.func.grad(lambda row: chain(row).square().sum()))(x)
     assert torch.allclose(each, torch.autograd.grad(chain(x).square().sum(), x)[0])
+
+
+class WritesToInputs(nn.Module):
+    """Its blocks' inputs are written to by the caller, after the call: before another block, an ordinary layer, or nothing."""
+
+    def __init__(self, after: str, width: int = 12) -> None:
+        super().__init__()
+        self.first = rnn.AdditiveCoupling(conv_branch(width // 2), conv_branch(width // 2))
+        self.second = rnn.AffineCoupling(conv_branch(width // 2, width), conv_branch(width // 2, width))
+        self.third = rnn.AdditiveCoupling(conv_branch(width // 2), conv_branch(width // 2))
+        self.head = nn.Conv2d(width, width, 1)
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        y = self.second(h)
+        if self.after == "second":
+            h.mul_(0.5).add_(y)
+            y = self.third(h)
+        else:
+            z = self.third(y)
+            y.mul_(0.5).add_(z)
+            y = self.head(y) if self.after == "third" else z
+        return y
+
+
+@pytest.mark.parametrize("after", ["second", "third", "last"])
+@pytest.mark.parametrize("budget", [0, 2**15, 2**40])
+def test_a_caller_may_write_to_what_it_gave_to_a_block(after: str, budget: int) -> None:
+    """Plain autograd has saved streams of its own; so must we, or bring them back."""
+    model, x = WritesToInputs(after).double(), torch.randn(2, 12, 6, 6, dtype=torch.float64)
+    compare(model, x)
+    plain = torch.autograd.grad(model(x).sum(), list(model.parameters()), allow_unused=True)
+    with revhooks.reversible(budget=budget):
+        rev = torch.autograd.grad(model(x).sum(), list(model.parameters()), allow_unused=True)
+    for a, b in zip(plain, rev, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+    with revhooks.reversible(budget=budget):
+        total = model(x).sum()
+        torch.autograd.grad(total, list(model.parameters()), allow_unused=True, retain_graph=True)
+        again = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    assert all(a is b or torch.allclose(a, b, rtol=1e-10, atol=1e-10) for a, b in zip(plain, again, strict=True))

@@ -388,6 +388,39 @@ def test_batch_norm_again_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         assert modes == [False]
 
 
+@pytest.mark.parametrize("case", ["transposed", "strided", "strided channels last", "weight", "bias"])
+def test_batch_norm_in_its_other_kernel(case: str) -> None:
+    """Where memory is not contiguous a CPU computes it otherwise; no trial shows that while the weight is one."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9), nn.Conv2d(9, 2, 1)
+            if case in ("weight", "bias"):
+                setattr(self.norm, case, nn.Parameter(getattr(self.norm, case).repeat(2)[::2]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            if case == "transposed":
+                h = h.transpose(2, 3)
+            elif "strided" in case:
+                h = torch.cat([h, -h], 1)[:, ::2]
+            y: Tensor = self.last(self.norm(h).relu())
+            return y
+
+    net, x = Normed(), 10 * torch.randn(5, 3, 6, 7) + 3
+    if "last" in case:
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        plain = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+        with revhooks.reversible():
+            rev = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+        assert all(map(torch.equal, plain, rev))
+        with torch.no_grad():
+            net.norm.weight.normal_()
+            net.norm.bias.normal_()
+
+
 def test_a_cache_that_is_empty_yet_and_parts_of_a_projection() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -38,18 +38,28 @@ class Arguments:
         self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], save: Callable[[Tensor], Give] | None = None
     ) -> None:
         self._run = run
-        self._held = map_tensors(lambda tensor: self._hold(tensor, save), (args, kwargs))
+        self._held = map_tensors(self._holding(save), (args, kwargs))
 
-    def _hold(self, tensor: Tensor, save: Callable[[Tensor], Give] | None) -> Argument | _SavedArgument:
-        if save is None or is_opaque(tensor):
-            return Argument(self._run, tensor, "an argument")
-        return _SavedArgument(save(tensor), tensor.requires_grad)
+    def _holding(self, save: Callable[[Tensor], Give] | None) -> Callable[[Tensor], Argument | _SavedArgument]:
+        """Holds tensors, the same one once: calls may ask whether two arguments are one, as attention does of itself."""
+        held: dict[int, Argument | _SavedArgument] = {}
+
+        def hold(tensor: Tensor) -> Argument | _SavedArgument:
+            key = id(tensor)
+            if key not in held:
+                if save is None or is_opaque(tensor):
+                    held[key] = Argument(self._run, tensor, "an argument")
+                else:
+                    held[key] = _SavedArgument(save(tensor), tensor.requires_grad)
+            return held[key]
+
+        return hold
 
     def give_former(self, objects: Objects, save: Callable[[Tensor], Give] | None = None) -> None:
         """After the call: of the objects among them give those that it has changed as they were."""
         changed = objects.changed()
         if changed:
-            formers = objects.formers(lambda tensor: self._hold(tensor, save), changed)
+            formers = objects.formers(self._holding(save), changed)
             self._held = map_leaves(lambda leaf: formers.get(id(leaf), leaf), self._held)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -68,9 +78,14 @@ class Arguments:
             ModifiedError: one was modified in place since.
         """
         copies: dict[int, Any] = {}
+        given: dict[int, Tensor] = {}
 
         def thaw(part: Any) -> Any:
-            return part.again(label) if isinstance(part, (Argument, _SavedArgument, Seen)) else part
+            if not isinstance(part, (Argument, _SavedArgument, Seen)):
+                return part
+            if id(part) not in given:
+                given[id(part)] = part.again(label)
+            return given[id(part)]
 
         def again(leaf: Any) -> Any:
             return leaf.again(thaw, copies) if isinstance(leaf, Former) else thaw(leaf)

@@ -128,19 +128,20 @@ class Objects:
         gets them if they are still there.
 
         Args:
-            hold: gives something that stands for the tensor.
+            hold: gives something that stands for the tensor, the same for the same one.
             changed: ids of what was changed.
         """
         for key in list(changed):  # what is in a tuple goes with it
             changed |= self._reached([part for part in _parts(self._nodes[key][1]) if type(part) is tuple])
         classes = {type(self._nodes[key][0]) for key in changed} - {Own}  # what is of the same kind may change later
         copied = self._leading(changed | {key for key, (thing, _) in self._nodes.items() if type(thing) in classes})
+        seen: dict[int, Seen] = {}
 
         def freeze(part: Any, *, held: bool) -> Any:
             if id(part) in copied:
                 return _Link(id(part))
             if isinstance(part, Tensor):
-                return hold(part) if held else Seen(part)
+                return hold(part) if held else seen.setdefault(id(part), Seen(part))
             return part
 
         frozen: dict[int, tuple[type, _Contents]] = {}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..ops import SAME_ON_CPU, Normalise
+from ..ops import SAME_ON_CPU, Normalise, normalises_alike
 from ..storage import Held, Ledger, storage_key
 from .guard import DRIFT
 from .local import LOCAL
@@ -146,11 +146,9 @@ def _is_alike(x: Tensor, affine: list[Tensor], *, exact: bool) -> bool:
     """Whether a batch norm may be given its statistics; and, if it has to be exact, both ways end in the same kernel."""
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in SAME_ON_CPU:
         return False
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if any(parameter.dtype is not x.dtype for parameter in affine):
         return False
-    dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
-    return not exact or (dense and all(parameter.is_contiguous() for parameter in affine))
+    return not exact or normalises_alike(x, *affine)
 
 
 def _found(slots: Slots, place: int, module: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:

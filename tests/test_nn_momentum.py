@@ -540,3 +540,13 @@ def test_chains_are_counted_by_their_branches() -> None:
     assert calls(chain) == [1, 1, 1]
     assert [type(s) for s in chain] == [MomentumResidual] * 3
     assert "gamma=0.9, exact=False" in repr(chain)
+
+
+@pytest.mark.parametrize("branch", [lambda: nn.ReLU(inplace=True), lambda: nn.Dropout(0.2, inplace=True)])
+def test_a_branch_that_writes_into_the_position(branch: Callable[[], nn.Module]) -> None:
+    """Nothing can invert that; the block is kept, and the one before it, whose output it was."""
+    net = nn.Sequential(
+        revhooks.nn.AdditiveCoupling(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)),
+        MomentumSequential(nn.Conv2d(8, 8, 1), nn.Sequential(branch(), nn.Conv2d(8, 8, 1)), nn.Conv2d(8, 8, 1), gamma=0.9),
+    )
+    compare(net.double(), torch.randn(2, 8, 4, 4, dtype=torch.float64))

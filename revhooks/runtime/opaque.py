@@ -124,7 +124,8 @@ class OpaqueFrame(ModuleFrame):
         for state in (self.state, *(call.state for call in self.calls)):
             if state.surprise:
                 self.keep(state.surprise)
-        if [version_of(t) for t in tensors] != versions:
+        self.facts.writes_input = [version_of(t) for t in tensors] != versions
+        if self.facts.writes_input:
             self.keep("it changes its input in place")
         if objects is not None and objects.changed():
             self.keep(CHANGES_OBJECT)

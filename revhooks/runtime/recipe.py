@@ -307,8 +307,9 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
         return False
     if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
+    before = run.rebuilt
     known = _computes(step, base)
-    run.purge()  # what was recomputed for it
+    run.purge(since=before)  # what was recomputed for it; a rebuild may be under way that needs the rest
     if len(_trials) > 4096:
         _trials.clear()
     _trials[site] = trials + 1 if known else -1

@@ -129,7 +129,7 @@ class Run:
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._frames.add(frame)
-        late = isinstance(frame, ReplayFrame) and frame.facts.writes_input
+        late = not isinstance(frame, CouplingFrame) and frame.facts.writes_input  # whose streams are its own
         if not late:
             self.budget.make_room_for_block()
         before = self.ledger.held
@@ -298,7 +298,7 @@ class Run:
                     self.purge_later(frame)
                 self._rebuild(frame, slots, transient=transient)
             tensor = slots.read(index)
-            if _outside_backward():
+            if _outside_backward() and not self._rebuilding:
                 self.purge()
             return tensor
 
@@ -342,9 +342,19 @@ class Run:
             Variable._execution_engine.queue_callback(callback)
         return True
 
-    def purge(self, reached: Frame | None = None) -> None:
-        """Drop what was rebuilt for one pass only: all of it, or what is over for a pass that has reached a frame."""
-        pending, self._to_purge = self._to_purge, []
+    @property
+    def rebuilt(self) -> int:
+        """How many things `purge` would look at."""
+        return len(self._to_purge)
+
+    def purge(self, reached: Frame | None = None, *, since: int = 0) -> None:
+        """Drop what was rebuilt for one pass only: all of it, or what is over for a pass that has reached a frame.
+
+        Args:
+            reached: that frame.
+            since: leave as many alone that were rebuilt first.
+        """
+        self._to_purge, pending = self._to_purge[:since], self._to_purge[since:]
         for reference in pending:
             rebuilt = reference()
             if rebuilt is not None and reached is not None and not self._is_over(rebuilt, reached):

@@ -37,7 +37,7 @@ class Sketch:
 
     Example:
         >>> before, after = Sketch([(0, torch.zeros(3)), (1, torch.ones(2))]), Sketch([(1, torch.zeros(2))])
-        >>> after.differences(before)
+        >>> [(rebuilt[:2], original[:2]) for rebuilt, original in after.differences(before)]
         [(tensor([0., 0.]), tensor([1., 1.]))]
     """
 
@@ -55,15 +55,30 @@ class Sketch:
         }
 
     def differences(self, before: Sketch) -> list[tuple[Tensor, Tensor]]:
-        """What is here and what was before, of the tensors that are in both and may differ; an accelerator is not asked."""
+        """What is here and what was before, of the tensors that are in both and may differ; an accelerator is not asked.
+
+        Both of a pair end in the same number, below which elements are next to nothing beside those of the other tensors: as is
+        the mean of what was normalised before, which is all rounding, and other rounding after an inversion.
+        """
         pairs = []
         for key, group in self._groups.items():
             former = before._groups.get(key)
             if former is None or group.is_like(former):
                 continue
-            parts = former.parts()
-            pairs += [(part, parts[place]) for place, part in group.parts().items() if place in parts]
+            parts, nothing = former.parts(), _next_to_nothing(former.elements)
+            for place, part in group.parts().items():
+                if place in parts:
+                    end = nothing * part.numel() ** 0.5
+                    pairs.append((torch.cat([part, end]), torch.cat([parts[place], end])))
         return pairs
+
+
+def _next_to_nothing(elements: Tensor) -> Tensor:
+    """Half the digits below the root mean square."""
+    sizes = elements.abs()
+    sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
+    mean_square = torch.where(sizes.isfinite(), sizes, 0.0).square().mean(0, keepdim=True)
+    return (mean_square * torch.finfo(elements.dtype).eps).sqrt().to(elements.dtype)
 
 
 def some_of(tensor: Tensor) -> Tensor:

@@ -421,6 +421,28 @@ def test_batch_norm_in_its_other_kernel(case: str) -> None:
             net.norm.bias.normal_()
 
 
+def test_what_backward_saves_again_may_come_from_an_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream has the node of the copy that it was in forward, and is that copy up to rounding only."""
+    monkeypatch.setattr(recipe, "TRUSTED", 1)
+
+    def gradients(blocks: nn.Sequential, x: Tensor, *, reverse: bool) -> list[Tensor]:
+        with revhooks.reversible() if reverse else torch.enable_grad():
+            h = blocks[0](x)
+            loss = blocks[1:](h).square().sum() + h.sin().sum()
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + grad.square().sum()).backward()
+        grads = [p.grad.clone() for p in blocks.parameters() if p.grad is not None]
+        blocks.zero_grad()
+        return grads
+
+    for depth in (2, 2, 5):  # the newest block has its streams as they were: sites are known from then on
+        branches = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1)).double() for _ in range(2 * depth)]
+        blocks = nn.Sequential(*map(revhooks.nn.AdditiveCoupling, branches[::2], branches[1::2]))
+        x = torch.randn(3, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+        plain, rev = (gradients(blocks, x, reverse=reverse) for reverse in (False, True))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(plain, rev, strict=True))
+
+
 def test_a_cache_that_is_empty_yet_and_parts_of_a_projection() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -169,7 +169,9 @@ def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = Non
     if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes or not found.explains(base):
         return None
     site = (step.signature(), base._version, base.dtype, base.dim(), _caller())
-    if not base.is_meta and not _is_known(run, site, step, base, found):
+    # what backward saves again may have come back from an inversion, of which the graph does not tell
+    again = inside is None and torch._C._current_graph_task_id() != -1
+    if not base.is_meta and not (_computes(run, step, base) if again else _is_known(run, site, step, base, found)):
         return None
     return Recipe(run, step, found, site, place, shown=found.shows(base))
 
@@ -307,20 +309,21 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
         return False
     if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
-    before = run.rebuilt
-    known = _computes(step, base)
-    run.purge(since=before)  # what was recomputed for it; a rebuild may be under way that needs the rest
+    known = _computes(run, step, base)
     if len(_trials) > 4096:
         _trials.clear()
     _trials[site] = trials + 1 if known else -1
     return known
 
 
-def _computes(step: _Step, base: Tensor) -> bool:
+def _computes(run: Run, step: _Step, base: Tensor) -> bool:
+    before = run.rebuilt
     try:
         return torch.equal(_plainly(step), base)
     except RuntimeError:  # of half-precision complex numbers few operations are implemented; a source has been changed
         return False
+    finally:
+        run.purge(since=before)  # what was recomputed for it; a rebuild may be under way that needs the rest
 
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))

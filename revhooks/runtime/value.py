@@ -232,7 +232,8 @@ class Value(Source):
 
     def pin(self, tensor: Tensor) -> None:
         """Hold it exactly, once, for a handle (DESIGN section 3); ``tensor`` lies in the same memory."""
-        if self._tensor is None and self.recipe is None:
+        if self.recipe is None and (self._tensor is None or self._tensor_key != self.key):  # what came back is not exact
+            self._drop_tensor()
             self._pieces = None
             self._tensor = torch.as_strided(tensor.detach(), *self.geometry)
             self._tensor_version = self.version

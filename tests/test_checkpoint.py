@@ -438,6 +438,24 @@ def test_in_and_around_blocks() -> None:
 # -- with an inverse
 
 
+@pytest.mark.parametrize("activation", [F.silu, F.hardtanh, F.relu])
+@CONTEXTS
+def test_what_a_dropped_graph_saved_may_be_written_to(inside: bool, activation: Callable[..., Tensor]) -> None:
+    gate, linear = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    x = torch.randn(2, 4, 12, 12, requires_grad=True)
+
+    def fn(x: Tensor) -> Tensor:
+        h = linear(x)
+        mask = gate(h) > 0  # its graph is gone
+        return torch.where(mask, activation(h, inplace=True), h) * 1.5
+
+    leaves = (x, *linear.parameters())
+    expected = torch.autograd.grad(fn(x * 1).square().sum(), leaves)
+    with scope(inside):
+        got = torch.autograd.grad(revhooks.checkpoint(fn, x * 1).square().sum(), leaves)
+    assert all(map(torch.equal, got, expected))
+
+
 def test_what_is_all_rounding_may_round_otherwise() -> None:
     """The mean of what was normalised is next to nothing, and differs after an inversion; it tells nothing of the replay."""
 

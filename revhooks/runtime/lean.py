@@ -209,7 +209,7 @@ class LeanSlots(Slots):
             if index < len(self._looks):
                 self._verify(index, tensor)
             entry: Any = tensor.detach()
-            if frame is not None:
+            if frame is not None and not self._is_dead(index):  # as which it may be written to
                 entry = frame.run.pack_inside(tensor, self, frame.label)
             entries.append(entry)
             if len(entries) == stop:
@@ -217,6 +217,12 @@ class LeanSlots(Slots):
             return entry
 
         return pack
+
+    def _is_dead(self, index: int) -> bool:
+        """Whether nobody can ask for what is saved at a place: no recipe is to start from it."""
+        if index >= len(self._looks) or self._alive[index]:
+            return False
+        return not isinstance(self._looks[index], int) or self._looks[index] == DEAD
 
     def _take(self, entries: list[Any], *, transient: bool) -> None:
         self.transient = transient

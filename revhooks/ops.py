@@ -308,8 +308,7 @@ def _batch_norm(node: Any) -> Operation | None:
         output = node._input_metadata[0]
         if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
             return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
-        # the statistics are those of the batch; the running ones are not touched
-        return Operation(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.0, eps, True), (source, *affine), cost=2.0)
+        return Operation(functools.partial(_normalise_newly, eps), (source, *affine), cost=2.0)
     mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
     if mean is None or var is None:
         return None
@@ -335,6 +334,11 @@ def _normalise_again(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor 
     """The same bits as the batch norm's."""
     if normalises_alike(x, weight, bias):
         return _normalise(x, weight, bias, mean, rstd)
+    return _normalise_newly(eps, x, weight, bias)
+
+
+def _normalise_newly(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A batch norm in training that computes its statistics once more; the running ones are not touched."""
     return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, True)
 
 

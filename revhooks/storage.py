@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 __all__ = [
+    "BITS",
     "Geometry",
     "Held",
     "Ledger",
@@ -187,10 +188,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
         flat = torch.view_as_real(flat).view(-1)
     if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
         return flat.view(torch.int64).sum()
-    return flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)
+    return flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64)
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Ledger:

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..storage import Geometry, Held, Ledger, is_near, restride
+from ..storage import BITS, Geometry, Held, Ledger, is_near, restride
 
 __all__ = ["Code", "code_of", "is_unshared", "mask_of"]
 
 LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
 WORTH_WAITING = 1 << 22  # bytes, for an accelerator
 _PROBES = 64
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -91,7 +90,7 @@ def _mask(flat: Tensor, what: str) -> Code | None:
         return None
     value = flat.new_tensor(found.pop() if found else 0.0)
     nonzero = flat.bool()
-    bits = _BITS[flat.element_size()]  # -0 is another zero
+    bits = BITS[flat.element_size()]  # -0 is another zero
     if not torch.equal(_times(nonzero, value).view(bits), flat.view(bits)):
         return None
     size = flat.numel()

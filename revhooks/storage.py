@@ -19,7 +19,6 @@ __all__ = [
     "Held",
     "Ledger",
     "compact",
-    "fingerprint",
     "is_alone",
     "is_leaf",
     "is_opaque",
@@ -173,24 +172,6 @@ def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return result.copy_(tensor).data  # of version 0, as something new
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """A number that any change of one element changes: the sum of the bit patterns; one pass over a dense tensor's memory.
-
-    Example:
-        >>> x = torch.zeros(10)
-        >>> before = fingerprint(x)
-        >>> x[3] = 1e-30
-        >>> bool(fingerprint(x) == before)
-        False
-    """
-    flat = torch.as_strided(tensor.detach(), (tensor.numel(),), (1,), tensor.storage_offset())
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).view(-1)
-    if flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0:
-        return flat.view(torch.int64).sum()
-    return flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64)
-
-
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -268,7 +249,7 @@ class Ledger:
 
 
 class Held:
-    """A tensor that counts as held for as long as this object lives.
+    """A tensor that counts as held for as long as this object lives; ``before`` is the version that it had.
 
     Example:
         >>> ledger = Ledger()
@@ -280,11 +261,11 @@ class Held:
         0
     """
 
-    __slots__ = ("_key", "_ledger", "_version", "tensor")
+    __slots__ = ("_key", "_ledger", "before", "tensor")
 
     def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
         self._ledger = ledger
-        self._version = version_of(tensor)
+        self.before = version_of(tensor)
         self.tensor = tensor
         self._key = ledger.hold_tensor(tensor)
 
@@ -296,7 +277,7 @@ class Held:
     @property
     def intact(self) -> bool:
         """Whether the tensor was not modified in place since it is held."""
-        return self.version == self._version
+        return self.version == self.before
 
     def __del__(self) -> None:
         self._ledger.drop(self._key)

@@ -17,7 +17,7 @@ from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIE
 from .guard import Sample
 from .local import LOCAL
 from .objects import Objects
-from .plan import facts_of
+from .plan import facts_of, has_custom_function
 from .slots import Slots
 from .value import Value, fetch, freed, modified
 
@@ -76,6 +76,17 @@ class _Branch:
         """How errors and warnings call it."""
         names = (name for name, child in frame.module._modules.items() if child is self.step.branch)
         return f"{frame.label}, step {self.index} ({next(names, type(self.step.branch).__name__)})"
+
+    @property
+    def owns_source(self) -> bool:
+        """Whether its backward may write into the stream that it got: it is given one of its own."""
+        return bool(self.state.facts.owns_input)
+
+    def learn_ownership(self, update: Tensor, source: Tensor, *, saves_input: bool) -> None:
+        """In the first call: look whether the backward of a custom function may reuse the input's memory."""
+        facts = self.state.facts
+        if facts.owns_input is None:
+            facts.owns_input = saves_input and has_custom_function(update, source)
 
     def all_slots(self) -> tuple[Slots, ...]:
         """Its own slots, and those of the law."""
@@ -209,7 +220,10 @@ class CouplingFrame(ModuleFrame):
         objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
         with branch.state.watched():
             update = step.evaluate(source, args, kwargs)
+        saved_input, self.saves_input = self.saves_input, False
         branch.slots.close(self, branch.state.facts)
+        branch.learn_ownership(update, source, saves_input=self.saves_input)
+        self.saves_input |= saved_input
         branch.state.finish(self.moved)
         LOCAL.sink = None if branch.glue is None else (branch.glue, self)
         streams[step.target] = step.apply(target, update)
@@ -218,6 +232,8 @@ class CouplingFrame(ModuleFrame):
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.run.guard.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
+        if branch.owns_source:
+            self._replace_source(branch, self._hold(source.detach().clone()))
         if objects is not None and objects.changed():
             branch.keep(CHANGES_OBJECT, self._hold(target.detach()))
 
@@ -231,13 +247,18 @@ class CouplingFrame(ModuleFrame):
                 if branch.step.source not in self.changed:
                     self._originals[branch.step.source] = branch.source
             self.changed.add(branch.step.source)
-            for cursor in (self._anchor, *(state.cursor for state in self._states)):
-                if branch.source is not None and cursor is not None and cursor.position == branch.index:
-                    cursor.streams[branch.step.source] = branch.source
+            if branch.source is not None:
+                self._replace_source(branch, branch.source)
         elif branch.state.surprise:
             branch.keep(branch.state.surprise, self._hold(target.detach()))
         elif self.is_chain and not self.draws and self.surprised():
             branch.keep(DREW, self._hold(target.detach()))
+
+    def _replace_source(self, branch: _Branch, source: Held) -> None:
+        """In a long chain: the stream that a branch gets is not to be rebuilt from where the branch has it."""
+        for cursor in (self._anchor, *(state.cursor for state in self._states)):
+            if cursor is not None and cursor.position == branch.index:
+                cursor.streams[branch.step.source] = source
 
     def _take_input(self, x: Tensor, place: int, untouched: Tensor) -> None:
         """Hold the input as streams, of which one is there already; its caller will let go of the joined one."""
@@ -246,6 +267,8 @@ class CouplingFrame(ModuleFrame):
             if value is not None and value.held:
                 start, other = (0, 0) if place else (self.sizes[0], 1)
                 rest = compact(x.detach().narrow(self.module.dim, start, self.sizes[other]))
+                if self.branches[0].owns_source:
+                    untouched = untouched.clone()
                 value.take([rest, untouched] if place else [untouched, rest], self.module.dim)
                 for changed, original in self._originals.items():
                     value.replace_piece(changed, original)
@@ -310,9 +333,6 @@ class CouplingFrame(ModuleFrame):
     def _start(self, position: int, *, transient: bool) -> _Cursor:
         anchor = self._anchor
         if anchor is not None and anchor.position > position:
-            for stream in anchor.streams:
-                if not stream.intact:
-                    raise modified(f"a stream of {self.label}", stream.tensor.shape, 0, version_of(stream.tensor))
             cursor = _Cursor(anchor.position, self._aliases(anchor.streams), transient=transient)
         else:
             if self.output is not None:
@@ -336,7 +356,14 @@ class CouplingFrame(ModuleFrame):
 
     def _aliases(self, streams: Sequence[Held]) -> list[Held]:
         """The same memory under tensors of one's own: how many there are tells whether it may be written over."""
+        for stream in streams:
+            self._check_stream(stream)
         return [self._hold(stream.tensor.detach()) for stream in streams]
+
+    def _check_stream(self, stream: Held) -> None:
+        """Raise if a stream is not what it was: a branch may save it, and its backward write into it; from then on a copy."""
+        if not stream.intact:
+            raise modified(f"a stream of {self.label}", stream.tensor.shape, stream.before, stream.version)
 
     def _finish(self, cursor: _Cursor) -> None:
         """Go on to the input when no slot below is left to ask for it, and hand the input over."""
@@ -419,7 +446,10 @@ class CouplingFrame(ModuleFrame):
         previous = self._from_head(branch) if branch.target is None else self._aliases([branch.target])[0]
         if previous is not None:
             cursor.streams[step.target] = previous  # nothing needs the stream after the step
+        if previous is None:
+            self._check_stream(cursor.streams[step.target])
         if fill or previous is None:
+            self._check_stream(cursor.streams[step.source])
             branch.state.check(self.label)
             update = self._evaluate(branch, source, fill=fill, transient=cursor.transient)
             self.verify_replay(branch.output, update, lambda: branch.label(self))
@@ -455,6 +485,8 @@ class CouplingFrame(ModuleFrame):
 
     def _evaluate(self, branch: _Branch, source: Tensor, *, fill: bool, transient: bool) -> Tensor:
         args, kwargs = self.arguments.again(self.label) if self.arguments is not None else ((), {})
+        if fill and branch.owns_source:
+            source = source.clone()
         source = restride(source, branch.strides[0]).detach().requires_grad_(fill and branch.wants_grad[0])
 
         def call() -> Tensor:

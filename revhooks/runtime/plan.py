@@ -7,14 +7,15 @@ import warnings
 import weakref
 from collections.abc import Callable
 from types import CodeType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
 
-__all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "predicate"]
+__all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "has_custom_function", "predicate"]
 
 Predicate = Callable[[nn.Module], bool]
 
@@ -113,6 +114,7 @@ class Facts:
         "attributes",
         "kept",
         "looks",
+        "owns_input",
         "repeatable",
         "writes_input",
         "writes_parameters",
@@ -130,6 +132,7 @@ class Facts:
         self.repeatable = True
         self.writes_input = True  # in place
         self.writes_parameters = True  # past their version counters
+        self.owns_input: bool | None = None  # its backward may write into its input, which it saves
 
     def draws(self, training: bool) -> Draws:
         """Which generators its calls in this mode draw from."""
@@ -185,6 +188,23 @@ class Facts:
             message = explain(label, expected=expected, got=reason, remedy="check(module, *inputs) shows more")
             warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
 
+
+def has_custom_function(output: Tensor, source: Tensor) -> bool:
+    """Whether a `torch.autograd.Function` may be among what made ``output`` from ``source``: its backward may do anything."""
+    seen: set[Any] = {None, source.grad_fn}
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        if isinstance(node, BackwardCFunction) or len(seen) > _MOST_NODES:
+            return True
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+    return False
+
+
+_MOST_NODES = 10_000
 
 _facts: weakref.WeakKeyDictionary[nn.Module | CodeType, Facts] = weakref.WeakKeyDictionary()
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ReplayError, explain
+from ..fingerprint import fingerprint
 from ..ops import Leaf, is_doubtful, is_operation, is_view, operation, saves_result
 from ..state import PLAIN
-from ..storage import Geometry, fingerprint, is_near, restride
-from .guard import Sample
+from ..storage import Geometry, is_near, restride
 from .handle import SlotHandle, ViewHandle
 from .value import Value
 
@@ -65,20 +65,19 @@ def _value_of(part: Any) -> Any:
 class Recipe:
     """Computes a tensor again, bit by bit: the operations are run as they were, on what they were run on.
 
-    A change behind autograd's back is not in the graph. So some elements are compared; or the bits of all, where a tensor on
-    the way may have been changed that nobody saved, whose version is not known.
+    A change behind autograd's back is not in the graph: to a tensor on the way that nobody saved, or past a version counter. So
+    fingerprints are compared, which see any change of any bit and of their order (Rule 19).
     """
 
-    __slots__ = ("_evidence", "_names", "_place", "_run", "_shown", "_site", "_step", "depth")
+    __slots__ = ("_fingerprint", "_names", "_place", "_run", "_site", "_step", "depth")
 
-    def __init__(self, run: Run, step: _Step, found: _Search, site: object, place: str, *, shown: bool) -> None:
+    def __init__(self, run: Run, step: _Step, found: _Search, site: object, place: str) -> None:
         self._run = run
         self._step = step
         self._site = site
         self._names = found.names
         self._place = place
-        self._shown = shown  # versions show every change
-        self._evidence: Sample | Tensor | None = None
+        self._fingerprint: Tensor | None = None
         self.depth = found.depth + 1
 
     @property
@@ -88,8 +87,8 @@ class Recipe:
 
     def leave(self, tensor: Tensor) -> None:
         """The Value lets go of its tensor."""
-        if self._evidence is None and self._run.guard.mode != "off" and not tensor.is_meta:
-            self._evidence = self._run.guard.sample(tensor) if self._shown else fingerprint(tensor)
+        if self._fingerprint is None and self._run.guard.mode != "off" and not tensor.is_meta:
+            self._fingerprint = fingerprint(tensor)
 
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides.
@@ -102,19 +101,16 @@ class Recipe:
             raise self._differs(f"shape {tuple(geometry.size)}", f"{tuple(result.shape)}")
         if result.stride() != geometry.stride:
             result = restride(result, geometry.stride)
-        evidence = self._evidence
-        if isinstance(evidence, Sample):
-            self._compare(evidence.of(result), evidence.values)
-        elif evidence is not None:
-            self._compare(fingerprint(result), evidence)
+        if self._fingerprint is not None:
+            self._compare(fingerprint(result), self._fingerprint)
         return result
 
     def _compare(self, now: Tensor, before: Tensor) -> None:
         if is_near(now.device):
-            if not torch.equal(now, before) and not bool(_equal_bits(now, before).all()):
+            if not torch.equal(now, before):
                 raise self._differs(*_OTHERS)
             return
-        differs = 1.0 - _equal_bits(now, before).all().float()
+        differs = (now != before).any().float()
         verdict = functools.partial(_verdict, self._site, self.what)
         if not self._run.guard.later(differs, torch.zeros_like(differs), verdict, self._run.at_end):
             verdict(float(differs))
@@ -125,11 +121,6 @@ class Recipe:
     def holds(self) -> Iterator[Tensor]:
         """Nothing: its sources are held by themselves."""
         return iter(())
-
-
-def _equal_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors are equal, or neither is a number."""
-    return (a == b) | ((a != a) & (b != b))
 
 
 def _plainly(step: _Step) -> Tensor:
@@ -173,7 +164,7 @@ def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = Non
     again = inside is None and torch._C._current_graph_task_id() != -1
     if not base.is_meta and not (_computes(run, step, base) if again else _is_known(run, site, step, base, found)):
         return None
-    return Recipe(run, step, found, site, place, shown=found.shows(base))
+    return Recipe(run, step, found, site, place)
 
 
 class _Search:

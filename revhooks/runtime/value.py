@@ -158,6 +158,7 @@ class Value(Source):
             return tensor
         if self.current_version != self.version:
             raise modified(self.what, self.geometry.size, self.version, self.current_version)
+        self.check_intact()  # a backward that has got it may have written to it
         return self.tensor()
 
     def tensor(self) -> Tensor:
@@ -182,14 +183,21 @@ class Value(Source):
         return list(self._pieces)
 
     def check_intact(self) -> None:
-        """Raise if what it holds was modified in place, so that nothing can be rebuilt from it.
+        """Raise if what it holds, or has got back, was modified in place.
 
         Raises:
             ModifiedError: it was.
         """
-        now = self._tensor_version if self._tensor is None else self._tensor._version
-        if now != self._tensor_version or not all(piece.intact for piece in self._pieces or ()):
-            raise modified(f"the output of {self.what}", self.geometry.size, self.version, now)
+        if self.is_written:
+            held = [self._tensor] if self._tensor is not None else [piece.tensor for piece in self._pieces or ()]
+            raise modified(self.what, self.geometry.size, self.version, max(tensor._version for tensor in held))
+
+    @property
+    def is_written(self) -> bool:
+        """Whether what it holds, or has got back, was modified in place."""
+        if self._tensor is not None:
+            return self._tensor._version != self._tensor_version
+        return not all(piece.intact for piece in self._pieces or ())
 
     def count_packed(self) -> None:
         """Plain autograd would hold its memory."""

@@ -127,3 +127,91 @@ class Flaky(PythonNoise):
 class Checkpointed(PythonNoise):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.net, x, use_reentrant=False)
+
+
+class Appending(PythonNoise):
+    """Leaves an auxiliary loss in a list, and counts its calls."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.losses: list[Tensor] = []
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.net(x)
+        self.losses.append(y.square().mean())
+        self.calls += 1
+        return y
+
+
+class _Reusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return x.zero_().add_(g, alpha=2)
+
+
+class Reusing(PythonNoise):
+    """Its first operation computes its gradient in the memory of what it has saved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(_Reusing.apply(x))
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, codes):
+        ctx.save_for_backward(codes)
+        return x * (codes * codes.scale)
+
+    @staticmethod
+    def backward(ctx, g):
+        (codes,) = ctx.saved_tensors
+        return g * (codes * codes.scale), None
+
+
+class Quantised(PythonNoise):
+    """A weight without gradient that carries its scale as an attribute."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.codes = (torch.arange(width) - width // 2).double()
+        self.codes.scale = 0.1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(_Scaled.apply(x, self.codes))
+
+
+class Sparse(PythonNoise):
+    """Multiplies by a sparse matrix that is a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("matrix", torch.eye(width).roll(1, 0).to_sparse_csr())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.sparse.mm(self.matrix, self.net(x).t()).t())
+
+
+class Directional(PythonNoise):
+    """Multiplies by its own Jacobian, by `torch.func.jvp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.jvp(self.net, (x,), (torch.ones_like(x),))[1]
+
+
+def recurrent(width: int) -> nn.Module:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRU(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x)[0]
+
+    return First()

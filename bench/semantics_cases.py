@@ -258,6 +258,41 @@ def failed_forward(t: Trial) -> None:
     step(t)
 
 
+# -- behind autograd's back, and beside it
+
+
+def reordered(t: Trial) -> None:
+    """A shuffle between two operations under `no_grad`, in the third step."""
+    h = t.blocks[1](t.blocks[0](t.h()))
+    y = torch.tanh(h)
+    t.data.count = getattr(t.data, "count", 0) + 1  # type: ignore[attr-defined]
+    if t.data.count == 3:  # type: ignore[attr-defined]
+        with torch.no_grad():
+            h.copy_(h.flip(0))
+    loss(t.blocks[2](torch.relu(h) + y)).backward()
+
+
+def appending(t: Trial) -> Result:
+    """The losses that branches leave in lists are part of the loss."""
+    branches: list[Any] = t.branches
+    value = loss(t.net(t.h())) + sum(loss for branch in branches for loss in branch.losses)
+    value.backward()
+    left = [(len(branch.losses), branch.calls) for branch in branches]
+    for branch in branches:
+        branch.losses.clear()
+    return {"lists and counters": left, "loss": [value.detach()]}
+
+
+class Tagged(torch.Tensor):
+    """Stays what it is through every operation."""
+
+
+def subclass(t: Trial) -> Result:
+    y = t.net(t.h().as_subclass(Tagged))
+    loss(y).backward()
+    return {"class": type(y).__name__}
+
+
 # -- lifetime
 
 
@@ -400,6 +435,14 @@ CASES: dict[str, Case] = {
     "frozen_forward": Case("frozen in forward only, as a GAN's critic", frozen_forward),
     "mask": Case("a mask, passed to branches by position", masked, branch=branches.Masked),
     "keyword": Case("a mask, passed to branches by keyword", keyword, branch=branches.Masked),
+    "reordered": Case("a stream reordered under `no_grad`, now and then", reordered, steps=4, split=True, may_raise=True),
+    "reusing": Case("a backward that writes into what it saved", step, branch=branches.Reusing),
+    "appending": Case("auxiliary losses in lists, and counters", appending, branch=branches.Appending, steps=3),
+    "quantised": Case("a weight without gradient that carries its scale", step, branch=branches.Quantised),
+    "sparse": Case("a sparse buffer", step, branch=branches.Sparse),
+    "subclass": Case("an input of a subclass of `Tensor`", subclass),
+    "directional": Case("`torch.func.jvp` in branches", step, branch=branches.Directional),
+    "recurrent": Case("a GRU in branches", step, branch=branches.recurrent),
     "failed_forward": Case("an exception in forward, then a step", failed_forward, branch=branches.Flaky),
     "after_step": Case("nothing survives a step, collector off", after_step, steps=1),
     "after_unused": Case("nothing survives an unused output", after_unused_output, steps=1),

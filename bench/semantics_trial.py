@@ -71,7 +71,7 @@ class Trial:
         found: dict[str, list[Tensor]] = {}
         for branch in self.branches:
             for name, buffer in branch.named_buffers():
-                found.setdefault(name.rpartition(".")[2], []).append(buffer.detach().clone())
+                found.setdefault(name.rpartition(".")[2], []).append(buffer.detach().to_dense().clone())
         return found
 
     def update(self) -> None:

@@ -6,6 +6,7 @@ A plain sum sees a change of value and no change of order. So the bytes of a ten
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ __all__ = ["fingerprint"]
 
 _ROW = 1024  # bytes
 _SUMS = 3
-_CHUNK = 1 << 22  # words; an accelerator weighs so many at once, in twice their memory
+_WORDS = 4096  # in a row of an accelerator
+_ROWS = 1024  # which it weighs at once, in twice their memory
+_STEP = 0x5851F42D4C957F2D  # an odd number
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
@@ -41,38 +44,37 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 def _weigh_rows(octets: Tensor) -> Tensor:
     """By products of 8-bit numbers, which take half the time of a ReLU."""
-    rows = octets.numel() // _ROW
     weights, odd = _weights(octets.device)
-    whole, rest = octets[: rows * _ROW].view(rows, _ROW), octets[rows * _ROW :]
-    sums = [torch._int_mm(whole, column) if rows else whole.new_zeros(0, 1, dtype=torch.int64) for column in weights]
-    found = _combine(torch.cat(sums, 1), odd)
-    if rest.numel():
-        ends = [torch._int_mm(rest.view(1, -1), column[: rest.numel()]) for column in weights]
-        found = found + torch.cat(ends, 1).view(-1)
-    return found
 
+    def sums(rows: Tensor) -> Tensor:
+        return torch.cat([torch._int_mm(rows, column[: rows.shape[1]]) for column in weights], 1)
 
-def _combine(sums: Tensor, odd: Tensor) -> Tensor:
-    """Sums of rows, each times an odd number of its own."""
-    total = torch.zeros(sums.shape[1], dtype=torch.int64, device=sums.device)
-    for number, part in enumerate(sums.split(len(odd))):
-        total = total * _STEP + (part * odd[: len(part)]).sum(0) * (2 * number + 1)
-    return total
-
-
-_STEP = 0x5851F42D4C957F2D  # an odd number
+    return _weigh(octets, _ROW, sums, odd)
 
 
 def _weigh_words(octets: Tensor) -> Tensor:
-    """By products of 64-bit numbers, for which an accelerator has the kernels."""
-    size = octets.numel() // 4 * 4
-    aligned = octets.storage_offset() % 4 == 0
-    words = octets[:size].view(torch.int32) if aligned else octets
-    odd = _weights(octets.device)[1]
-    sums = [_combine(part.view(-1, 1), odd) for part in words.split(_CHUNK)]
-    if aligned and size < octets.numel():
-        sums.append(_combine(octets[size:].view(-1, 1), odd))
-    return functools.reduce(lambda total, found: total * _STEP + found, sums) if sums else odd[:1]
+    """By products of 64-bit numbers, for which an accelerator has the kernels: a few launches."""
+    _, odd = _weights(octets.device)
+    size = octets.numel() // 4 * 4 if octets.storage_offset() % 4 == 0 else 0
+
+    def sums(rows: Tensor) -> Tensor:
+        factors = odd[: rows.shape[1], 0]
+        parts = [(part * factors).sum(1, keepdim=True) for part in rows.split(_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    found = _weigh(octets[:size].view(torch.int32), _WORDS, sums, odd)
+    return found if size == octets.numel() else found * _STEP + _weigh(octets[size:], _WORDS, sums, odd)
+
+
+def _weigh(numbers: Tensor, width: int, sums: Callable[[Tensor], Tensor], odd: Tensor) -> Tensor:
+    """Sums of rows of this width, and of what is left, each times an odd number of its own."""
+    end = numbers.numel() // width * width
+    total = odd[0]
+    for part in numbers[:end].view(-1, width).split(len(odd)) if end else ():
+        total = total * _STEP + (sums(part) * odd[: len(part)]).sum(0)
+    if end < numbers.numel():
+        total = total * _STEP + sums(numbers[end:].view(1, -1))[0]
+    return total
 
 
 @functools.lru_cache(maxsize=16)

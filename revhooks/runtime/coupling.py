@@ -15,7 +15,7 @@ from .arguments import Arguments
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Head, ModuleFrame
 from .guard import Sample
-from .local import LOCAL
+from .local import THREADS, saving_to
 from .objects import Objects
 from .plan import facts_of
 from .slots import Slots
@@ -169,15 +169,12 @@ class CouplingFrame(ModuleFrame):
         place = steps[0].source if steps else 1
         untouched = None if self.is_chain else streams[place].detach()  # of a block, what its first branch gets
         watch = RangeWatch(self.module)
-        try:
-            for index, step in enumerate(steps):
-                if index and self.is_chain:
-                    self._step_ends(index, streams)
-                self._forward_step(index, step, streams, args, kwargs)
-                watch.see(index, streams[step.target])
-            watch.close()
-        finally:
-            LOCAL.sink = None
+        for index, step in enumerate(steps):
+            if index and self.is_chain:
+                self._step_ends(index, streams)
+            self._forward_step(index, step, streams, args, kwargs)
+            watch.see(index, streams[step.target])
+        watch.close()
         y = self.module.join(streams)
         streams.clear()  # here is the peak of a forward: nothing may linger
         if untouched is not None:
@@ -205,16 +202,15 @@ class CouplingFrame(ModuleFrame):
         version = version_of(source)
         before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
-        LOCAL.sink = (branch.slots, self)
         objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
-        with branch.state.watched():
+        with saving_to(branch.slots, self, branch.state.facts), branch.state.watched():
             update = step.evaluate(source, args, kwargs)
-        branch.slots.close(self, branch.state.facts)
         branch.state.finish(self.moved)
-        LOCAL.sink = None if branch.glue is None else (branch.glue, self)
-        streams[step.target] = step.apply(target, update)
-        if branch.glue is not None:
-            branch.glue.close(self, self.facts)
+        if branch.glue is None:
+            streams[step.target] = step.apply(target, update)
+        else:
+            with saving_to(branch.glue, self, self.facts):
+                streams[step.target] = step.apply(target, update)
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.run.guard.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
@@ -261,6 +257,8 @@ class CouplingFrame(ModuleFrame):
 
     def release_before(self, cursor: _Cursor) -> None:
         """Let go of the steps before a state of the streams, which serves as their anchor."""
+        if self.why_kept == THREADS:
+            return
         for branch in self.branches[: cursor.position]:
             branch.release()
         self._anchor = cursor

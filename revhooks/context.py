@@ -15,7 +15,7 @@ from . import nn as _layers  # noqa: F401 - registers the package's own layers
 from .errors import RegistrationError, explain
 from .registry import ACTIVE
 from .runtime.budget import parse_bytes
-from .runtime.local import LOCAL
+from .runtime.local import surrounding
 from .runtime.named import bracket
 from .runtime.plan import predicate
 from .runtime.replay import Region
@@ -86,7 +86,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         parse_bytes(budget)
         if replay:
             bracket(replay)
-        self._entered: list[tuple[saved_tensors_hooks, Any, Any]] = []
+        self._entered: dict[int, list[tuple[saved_tensors_hooks, Any]]] = {}  # by thread
 
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
@@ -94,13 +94,16 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         run = Run(guard=self._guard, keep=self._keep, replay=self._replay, ops=self._ops, budget=limit, offload=self._offload)
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
-        self._entered.append((hooks, ACTIVE.run, LOCAL.sink))
-        ACTIVE.run, LOCAL.sink = run, None
+        self._entered.setdefault(threading.get_ident(), []).append((hooks, ACTIVE.run))
+        ACTIVE.run = run
         return run
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the run; what it packed can still be unpacked."""
-        hooks, ACTIVE.run, LOCAL.sink = self._entered.pop()
+        entered = self._entered[threading.get_ident()]
+        hooks, ACTIVE.run = entered.pop()
+        if not entered:
+            del self._entered[threading.get_ident()]
         hooks.__exit__(kind, error, trace)
 
     def __call__(self, function: _F) -> _F:
@@ -158,7 +161,8 @@ def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] |
     """
     if torch.compiler.is_compiling():
         return fn(*args, **kwargs)
-    run = ACTIVE.run if LOCAL.filling is None else LOCAL.filling.run
+    around = surrounding()
+    run = around.owner if around is not None and around.inside else ACTIVE.run
     if not isinstance(run, Run):
         run = _AMBIENT.run
     region = Region(fn, (args, kwargs))

@@ -12,7 +12,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import RegistrationError
 from revhooks.registry import ACTIVE
-from revhooks.runtime.local import LOCAL
+from revhooks.runtime.local import packer
 from tests.conftest import compare, mlp
 
 
@@ -33,7 +33,7 @@ def same(a: list[Tensor], b: list[Tensor], tol: float = 1e-10) -> bool:
 
 def assert_idle() -> None:
     assert ACTIVE.run is None
-    assert LOCAL.sink is None
+    assert packer() is None
     packed = []
     with torch.enable_grad():
         (torch.ones(1, requires_grad=True) * 1).exp()

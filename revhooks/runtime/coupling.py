@@ -15,7 +15,7 @@ from .arguments import Arguments
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIES, Head, ModuleFrame
 from .guard import Sample
-from .local import LOCAL
+from .local import THREADS, saving_to
 from .objects import Objects
 from .plan import facts_of, has_custom_function
 from .slots import Slots
@@ -82,11 +82,11 @@ class _Branch:
         """Whether its backward may write into the stream that it got: it is given one of its own."""
         return bool(self.state.facts.owns_input)
 
-    def learn_ownership(self, update: Tensor, source: Tensor, *, saves_input: bool) -> None:
+    def learn_ownership(self, update: Tensor, source: Tensor) -> None:
         """In the first call: look whether the backward of a custom function may reuse the input's memory."""
         facts = self.state.facts
         if facts.owns_input is None:
-            facts.owns_input = saves_input and has_custom_function(update, source)
+            facts.owns_input = self.slots.saves_input and has_custom_function(update, source)
 
     def all_slots(self) -> tuple[Slots, ...]:
         """Its own slots, and those of the law."""
@@ -180,15 +180,12 @@ class CouplingFrame(ModuleFrame):
         place = steps[0].source if steps else 1
         untouched = None if self.is_chain else streams[place].detach()  # of a block, what its first branch gets
         watch = RangeWatch(self.module)
-        try:
-            for index, step in enumerate(steps):
-                if index and self.is_chain:
-                    self._step_ends(index, streams)
-                self._forward_step(index, step, streams, args, kwargs)
-                watch.see(index, streams[step.target])
-            watch.close()
-        finally:
-            LOCAL.sink = None
+        for index, step in enumerate(steps):
+            if index and self.is_chain:
+                self._step_ends(index, streams)
+            self._forward_step(index, step, streams, args, kwargs)
+            watch.see(index, streams[step.target])
+        watch.close()
         y = self.module.join(streams)
         streams.clear()  # here is the peak of a forward: nothing may linger
         if untouched is not None:
@@ -216,19 +213,16 @@ class CouplingFrame(ModuleFrame):
         version = version_of(source)
         before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
-        LOCAL.sink = (branch.slots, self)
         objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
-        with branch.state.watched():
+        with saving_to(branch.slots, self, branch.state.facts), branch.state.watched():
             update = step.evaluate(source, args, kwargs)
-        saved_input, self.saves_input = self.saves_input, False
-        branch.slots.close(self, branch.state.facts)
-        branch.learn_ownership(update, source, saves_input=self.saves_input)
-        self.saves_input |= saved_input
+        branch.learn_ownership(update, source)
         branch.state.finish(self.moved)
-        LOCAL.sink = None if branch.glue is None else (branch.glue, self)
-        streams[step.target] = step.apply(target, update)
-        if branch.glue is not None:
-            branch.glue.close(self, self.facts)
+        if branch.glue is None:
+            streams[step.target] = step.apply(target, update)
+        else:
+            with saving_to(branch.glue, self, self.facts):
+                streams[step.target] = step.apply(target, update)
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.run.guard.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
@@ -284,6 +278,8 @@ class CouplingFrame(ModuleFrame):
 
     def release_before(self, cursor: _Cursor) -> None:
         """Let go of the steps before a state of the streams, which serves as their anchor."""
+        if self.why_kept == THREADS:
+            return
         for branch in self.branches[: cursor.position]:
             branch.release()
         self._anchor = cursor

@@ -15,6 +15,7 @@ from ..state import Modes
 from ..storage import Held, is_near
 from .branch import STATE, STATISTICS, CallState
 from .guard import Sample, tolerance
+from .local import THREADS
 from .plan import Draws, Facts, facts_of
 from .slots import Slots
 from .value import Value
@@ -51,6 +52,7 @@ REMEDIES = {
     HEAD: "an invertible block before it",
     NEWEST: "nothing: it goes when the next block opens",
     ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), an invertible block, or offload=True on CUDA",
+    THREADS: "nothing, but to take gradients inside of it on one device",
     STATISTICS: "nothing: they are two numbers a channel",
     STATE: "nothing, unless the module can do without",
 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
 from ..ops import Source
 from ..storage import is_opaque
 from .handle import SlotHandle, ViewHandle
-from .slots import ALONE, DEAD, EnoughError, Slots, kind_of, looks_of
+from .local import EnoughError, Filling
+from .slots import ALONE, DEAD, Slots, kind_of, looks_of
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -169,9 +170,9 @@ class LeanSlots(Slots):
         """
         if not self._prepare():
             return super().fill(call, transient=transient)
-        entries: list[Any] = []
-        result = self._record(call, self._packer(entries), entries)
-        self._take(entries, transient=transient)
+        filling = _Filling(self)
+        result = self._record(call, filling)
+        self._take(filling.saved, transient=transient)
         return result
 
     def fill_and_stop(self, call: Callable[[], object], tail: Tail, *, transient: bool) -> None:
@@ -179,10 +180,11 @@ class LeanSlots(Slots):
         if not self._prepare():
             super().fill_and_stop(call, tail, transient=transient)
             return
-        entries: list[Any] = []
+        filling = _Filling(self, tail.start)
+        entries = filling.saved
         if tail.start:
             with contextlib.suppress(EnoughError):
-                self._record(call, self._packer(entries, stop=tail.start), entries)
+                self._record(call, filling)
         self._add_tail(entries, tail)
         frame = self._frame()
         if frame is not None:
@@ -201,22 +203,14 @@ class LeanSlots(Slots):
             self._keys = [0] * len(self._keys)
         return not self._plain
 
-    def _packer(self, entries: list[Any], stop: int = -1) -> Callable[[Tensor], Any]:
-        def pack(tensor: Tensor) -> Any:
-            index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
-            if index == stop:  # all is there; this is code that cleans up
-                return tensor.detach()
-            if index < len(self._looks):
-                self._verify(index, tensor)
-            entry: Any = tensor.detach()
-            if frame is not None and not self._is_dead(index):  # as which it may be written to
-                entry = frame.run.pack_inside(tensor, self, frame.label)
-            entries.append(entry)
-            if len(entries) == stop:
-                raise EnoughError
-            return entry
-
-        return pack
+    def packed_again(self, tensor: Tensor, index: int) -> Tensor | Source:
+        """What a replay has saved there, as these slots hold it."""
+        if index < len(self._looks):
+            self._verify(index, tensor)
+        frame = self._frame()
+        if frame is None or self._is_dead(index):  # as which it may be written to
+            return tensor.detach()
+        return frame.run.pack_inside(tensor, self, frame.label)
 
     def _is_dead(self, index: int) -> bool:
         """Whether nobody can ask for what is saved at a place: no recipe is to start from it."""
@@ -235,3 +229,12 @@ class LeanSlots(Slots):
     @staticmethod
     def _unpacked(packed: Any) -> Tensor:
         return packed.get() if isinstance(packed, Source) else packed
+
+
+class _Filling(Filling):
+    """Of slots that hold Values."""
+
+    __slots__ = ()
+
+    def entry(self, tensor: Tensor, index: int) -> Tensor | Source:
+        return cast(LeanSlots, self.slots).packed_again(tensor, index)

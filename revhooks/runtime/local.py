@@ -1,54 +1,202 @@
-"""Where saved tensors go in this thread: to an open frame's slots, or to the run."""
+"""Where saved tensors go: to whom the hooks on top belong.
+
+Whoever takes saved tensors (a run, a stretch of a frame's call, a call that is run again) has pushed its own pair of hooks. Torch
+carries these to the thread in which an inner backward runs, and nothing else that a thread knows (Rule 15). So they tell, too,
+where we are: inside a frame, or inside a replay.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sized
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from collections.abc import Callable
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch._C import _current_graph_task_id as graph_task
+from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
+from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
 if TYPE_CHECKING:
+    from ..ops import Source
     from .frame import Frame
+    from .handle import SlotHandle
     from .plan import Facts
     from .run import Run
     from .slots import Slots
 
-__all__ = ["LOCAL", "Filling", "saving_to"]
+__all__ = [
+    "THREADS",
+    "EnoughError",
+    "Filling",
+    "Give",
+    "Packer",
+    "packer",
+    "pop_hooks",
+    "push_hooks",
+    "saving_to",
+    "surrounding",
+    "top_hooks",
+    "unpack",
+]
+
+THREADS = "several threads saved tensors in it at once, in an order that may not come again"
+Give = Callable[[], Tensor]
+
+unpack = operator.methodcaller("get")  # the unpack hook of all that packs a `Source`
 
 
-class Filling(NamedTuple):
+class Packer:
+    """Whose bound method ``pack`` is a pack hook of ours."""
+
+    __slots__ = ()
+
+    @property
+    def owner(self) -> Run | None:
+        """The run, as long as it is there."""
+        raise NotImplementedError
+
+    @property
+    def replaying(self) -> bool:
+        """Whether something is being run again."""
+        return False
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is a frame's: what is called there opens none that is inverted."""
+        return True
+
+    def pack(self, tensor: Tensor) -> Any:
+        """The pack hook."""
+        raise NotImplementedError
+
+    def save(self, tensor: Tensor) -> Give:
+        """Save an argument of a call inside, as any operation saves what it needs; the function gives it back."""
+        raise NotImplementedError
+
+
+def packer() -> Packer | None:
+    """Who gets what is saved now; ``None`` if nobody of ours does."""
+    hooks = top_hooks(False)
+    found = getattr(hooks[0], "__self__", None) if hooks is not None else None
+    return found if isinstance(found, Packer) else None
+
+
+def surrounding() -> Packer | None:
+    """Who of ours would get it, if hooks of others were not inside of ours."""
+    others = []
+    try:
+        while (hooks := top_hooks(False)) is not None:
+            found = getattr(hooks[0], "__self__", None)
+            if isinstance(found, Packer):
+                return found
+            others.append(hooks)
+            pop_hooks()
+    finally:
+        for pair in reversed(others):
+            push_hooks(*pair)
+    return None
+
+
+class saving_to(Packer):  # noqa: N801 - used as a function
+    """Send what is saved inside into ``slots`` of ``frame``, in whatever thread autograd saves it."""
+
+    __slots__ = ("_facts", "_frame", "_lock", "_replaying", "_slots", "_threads")
+
+    def __init__(self, slots: Slots, frame: Frame, facts: Facts) -> None:
+        around = packer()
+        self._replaying = around is not None and around.replaying
+        self._slots = slots
+        self._frame = frame
+        self._facts = facts
+        self._lock = Lock()
+        self._threads: set[int] = set()  # in which inner backwards have saved
+
+    def __enter__(self) -> None:
+        push_hooks(self.pack, unpack)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        pop_hooks()
+        if kind is None:
+            self._slots.close(self._frame, self._facts)
+            if len(self._threads) > 1:
+                self._frame.keep(THREADS)
+
+    @property
+    def owner(self) -> Run:
+        """The run."""
+        return self._frame.run
+
+    @property
+    def replaying(self) -> bool:
+        """Whether it is in a call that is run again."""
+        return self._replaying
+
+    def pack(self, tensor: Tensor) -> SlotHandle:
+        """The pack hook."""
+        if graph_task() == -1:
+            return self._slots.save(tensor, self._frame)
+        with self._lock:  # an inner backward has a thread for each device
+            self._threads.add(get_ident())
+            return self._slots.save(tensor, self._frame)
+
+    def save(self, tensor: Tensor) -> Give:
+        """Save an argument of a call inside, as any operation saves what it needs; the function gives it back."""
+        return self.pack(tensor).get
+
+
+class EnoughError(BaseException):
+    """Ends a replay; code under replay must not catch it as an error of its own."""
+
+
+class Filling(Packer):
     """A call that is being run again.
 
-    Attributes:
-        run: whose frame it is of.
+    Args:
         slots: what it fills.
-        pack: how it saves a tensor.
+        stop: how many tensors it is to save; it ends then. -1: all.
+
+    Attributes:
         saved: what it has saved so far.
     """
 
-    run: Run
-    slots: Slots
-    pack: Callable[[Tensor], Tensor]
-    saved: Sized
+    __slots__ = ("_lock", "saved", "slots", "stop")
 
+    def __init__(self, slots: Slots, stop: int = -1) -> None:
+        self.slots: Slots | None = slots  # until it has run: a buffer may keep its graph, and with it the hook
+        self.stop = stop
+        self.saved: list[Any] = []
+        self._lock = Lock()
 
-class _Local(threading.local):
-    sink: tuple[Slots, Frame] | None = None  # the frame that is being run
-    filling: Filling | None = None  # the frame that is being run again
+    @property
+    def owner(self) -> Run | None:
+        """The run, as long as it is there."""
+        frame = self.slots.frame if self.slots is not None else None
+        return frame.run if frame is not None else None
 
+    @property
+    def replaying(self) -> bool:
+        """Yes."""
+        return True
 
-LOCAL = _Local()
+    def pack(self, tensor: Tensor) -> Any:
+        """The pack hook."""
+        with self._lock:  # an inner backward has a thread for each device
+            index = len(self.saved)
+            if index == self.stop:  # all is there; this is code that cleans up
+                return tensor.detach()
+            entry = self.entry(tensor, index)
+            self.saved.append(entry)
+        if index + 1 == self.stop:
+            raise EnoughError
+        return entry
 
+    def entry(self, tensor: Tensor, index: int) -> Tensor | Source:
+        """What to keep of a tensor that is saved."""
+        return tensor.detach()
 
-@contextlib.contextmanager
-def saving_to(slots: Slots, frame: Frame, facts: Facts) -> Iterator[None]:
-    """Send what this thread saves into ``slots`` of ``frame``."""
-    before = LOCAL.sink
-    LOCAL.sink = (slots, frame)
-    try:
-        yield
-        slots.close(frame, facts)
-    finally:
-        LOCAL.sink = before
+    def save(self, tensor: Tensor) -> Give:
+        """Save an argument of a call inside, as any operation saves what it needs; the function gives it back."""
+        entry = self.pack(tensor)
+        return (lambda: entry) if isinstance(entry, Tensor) else entry.get

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
-from ..ops import Source
 from ..storage import is_opaque, version_of
 from .arguments import Arguments
 from .branch import CallState
 from .frame import ARGUMENT, NEWEST, REMEDIES, Frame
-from .local import LOCAL, saving_to
+from .local import Give, saving_to, surrounding
 from .objects import Objects
 from .plan import Facts, facts_of
 from .sketch import Sketch
@@ -255,17 +254,7 @@ class ReplayFrame(Frame):
             yield why, self.label, saved
 
 
-def _outer_save() -> Callable[[Tensor], Any] | None:
+def _outer_save() -> Callable[[Tensor], Give] | None:
     """How the surrounding frame saves a tensor, if there is one: it is being run, or run again."""
-    sink = LOCAL.sink
-    if sink is not None:
-        slots, frame = sink
-        return lambda tensor: slots.save(tensor, frame).get
-    filling = LOCAL.filling
-    if filling is not None:
-        return lambda tensor: _giver(filling.pack(tensor))
-    return None
-
-
-def _giver(saved: Tensor | Source) -> Callable[[], Tensor]:
-    return saved.get if isinstance(saved, Source) else lambda: saved
+    packer = surrounding()
+    return packer.save if packer is not None and packer.inside else None

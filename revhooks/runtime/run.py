@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 import threading
 import weakref
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from .frame import NEWEST, ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import LeafHandle, ViewHandle
 from .lean import LeanSlots
-from .local import LOCAL
+from .local import Packer, packer, pop_hooks, push_hooks, surrounding, unpack
 from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
 from .plan import Facts, Fallback, Predicate
@@ -43,7 +42,7 @@ from .value import Value, Values
 __all__ = ["Run"]
 
 
-class Run:
+class Run(Packer):
     """State of one ``with reversible():``.
 
     Frames are held by handles in the graph, never by the run: nothing outlives the graph.
@@ -82,7 +81,17 @@ class Run:
         self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
 
-    unpack = operator.methodcaller("get")  # the unpack hook, of a Source
+    unpack = unpack  # the unpack hook, of a Source
+
+    @property
+    def owner(self) -> Run:
+        """It is one."""
+        return self
+
+    @property
+    def inside(self) -> bool:
+        """It is outside of any frame."""
+        return False
 
     # -- forward
 
@@ -104,7 +113,9 @@ class Run:
 
     def invert(self, region: Region, inverse: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function inside a frame that is inverted in backward."""
-        with self._packing():
+        around = surrounding()
+        inside = around is not None and around.inside
+        with contextlib.nullcontext() if inside or not self._shadowed() else saved_tensors_hooks(self.pack, self.unpack):
             if self._is_plain(args, kwargs):
                 return region.call(*args, **kwargs)
             entry = Registration(None, lambda _, *given, **more: inverse(*given, **more))
@@ -112,18 +123,12 @@ class Run:
             frame = OpaqueFrame(self, region.module(), entry, region.facts)
             return self._open(frame, lambda _, *given, **more: region.call(*given, **more), args, kwargs)
 
-    def _packing(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes sure that what is saved comes to us."""
-        return saved_tensors_hooks(self.pack, self.unpack) if self._shadowed() else contextlib.nullcontext()
-
     def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call needs no frame that is inverted: there is nothing to save, or not for us."""
         return (
-            LOCAL.sink is not None
-            or LOCAL.filling is not None
+            self._shadowed()
             or _saves_nothing_of_ours()
             or self.budget.limit == math.inf
-            or self._shadowed()
             or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
         )
 
@@ -143,18 +148,18 @@ class Run:
         """Call a function inside a frame that is run again in backward, and let go of what it saved at once."""
         if _saves_nothing_of_ours():
             return region.call(*args, **kwargs)
-        with self._packing():
-            late, inside = region.facts.writes_input, LOCAL.sink is not None or LOCAL.filling is not None
-            if not inside and not late:
-                self.budget.make_room_for_block()
-            self._count += 1
-            frame = ReplayFrame(self, region)
-            self._frames.add(frame)
-            result = frame.call(region.call, args, kwargs)
-            if not inside and late:
-                self.budget.make_room_for_block()
-            frame.release()
-            return result
+        around = surrounding()
+        late, inside = region.facts.writes_input, around is not None and around.inside
+        if not inside and not late:
+            self.budget.make_room_for_block()
+        self._count += 1
+        frame = ReplayFrame(self, region)
+        self._frames.add(frame)
+        result = frame.call(region.call, args, kwargs)
+        if not inside and late:
+            self.budget.make_room_for_block()
+        frame.release()
+        return result
 
     def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens."""
@@ -164,9 +169,8 @@ class Run:
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
 
     def _shadowed(self) -> bool:
-        """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return hooks is None or hooks[0] != self.pack
+        """Whether what is saved goes elsewhere: into a frame, or to hooks of others, as in `torch.utils.checkpoint`."""
+        return packer() is not self
 
     def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
@@ -180,9 +184,6 @@ class Run:
 
     def pack(self, tensor: Tensor) -> Source:
         """The pack hook."""
-        sink = LOCAL.sink
-        if sink is not None:
-            return sink[0].save(tensor, sink[1])
         if torch._C._is_tracing():  # as is_traced, at each saved tensor
             with untraced():
                 return self.pack(tensor)
@@ -291,7 +292,9 @@ class Run:
 
     def rebuild(self, frame: Frame, slots: Slots, index: int) -> Tensor:
         """Fill a slot that was released, and read it."""
-        with self._lock, _Aside():
+        around = surrounding()  # torch may have another thread work for a replay, which has the lock
+        lock = contextlib.nullcontext() if around is not None and around.replaying and around.owner is self else self._lock
+        with lock, _Aside(self):
             if slots.tensors[index] is None:
                 transient = _graph_is_retained()
                 if transient:
@@ -456,16 +459,25 @@ class _Counter:
 class _Aside:
     """While something is rebuilt: no frame opens, nothing is saved into one, no grad is recorded."""
 
-    __slots__ = ("_active", "_grad", "_sink")
+    __slots__ = ("_active", "_grad", "_inside", "_run")
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def __enter__(self) -> None:
-        self._active, self._sink, self._grad = ACTIVE.run, LOCAL.sink, torch.is_grad_enabled()
-        ACTIVE.run, LOCAL.sink = None, None
+        around = packer()
+        self._inside = around is not None and around.inside
+        self._active, self._grad = ACTIVE.run, torch.is_grad_enabled()
+        if self._inside:
+            push_hooks(self._run.pack, unpack)
+        ACTIVE.run = None
         torch._C._set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
-        ACTIVE.run, LOCAL.sink = self._active, self._sink
+        ACTIVE.run = self._active
         torch._C._set_grad_enabled(self._grad)
+        if self._inside:
+            pop_hooks()
 
 
 def _graph_is_retained() -> bool:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Sized
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
-from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 
 from ..errors import ModifiedError, ReplayError, explain
 from ..ops import Source
 from ..storage import is_leaf, is_opaque, is_parameter
 from .guard import is_again
 from .handle import SlotHandle
-from .local import LOCAL, Filling
+from .local import EnoughError, Filling, pop_hooks, push_hooks
 from .value import modified
 
 if TYPE_CHECKING:
@@ -72,6 +70,11 @@ class Slots:
         self.statistics: Statistics | None = None  # which a replay need not compute
         self.tensors: list[Any] = []  # tensors, or what gives them
         self.transient = False  # filled for one pass of a graph that is retained
+
+    @property
+    def frame(self) -> Frame | None:
+        """Whose they are, as long as it is there."""
+        return self._frame()
 
     # -- forward
 
@@ -156,6 +159,11 @@ class Slots:
         """How many tensors were saved."""
         return len(self._looks)
 
+    @property
+    def saves_input(self) -> bool:
+        """Whether something that was saved lies in the frame's input."""
+        return any(looks[1] for looks in self._looks if not isinstance(looks, int))
+
     def is_let_go(self, index: int) -> bool:
         """Whether what is at a place is let go of, to be brought back by a replay."""
         return bool(self._alive[index]) and self.tensors[index] is not None
@@ -213,48 +221,29 @@ class Slots:
             ReplayError: the replay saves other tensors than forward did.
             ModifiedError: it reads something that was modified since.
         """
-        saved: list[Tensor] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            detached = tensor.detach()
-            saved.append(detached)
-            return detached
-
-        result = self._record(call, pack, saved)
+        filling = Filling(self)
+        result = self._record(call, filling)
         self.transient = transient
-        self._accept(saved)
+        self._accept(filling.saved)
         return result
 
     def fill_and_stop(self, call: Callable[[], object], tail: Tail, *, transient: bool) -> None:
         """The same; the replay ends as soon as all is there but the tail."""
-        saved: list[Tensor | None] = []
-        last = tail.start
-
-        def pack(tensor: Tensor) -> Tensor:
-            detached = tensor.detach()
-            if len(saved) == last:  # all is there; this is code that cleans up
-                return detached
-            saved.append(detached)
-            if len(saved) == last:
-                raise EnoughError
-            return detached
-
-        if last:
+        filling = Filling(self, tail.start)
+        if tail.start:
             with contextlib.suppress(EnoughError):
-                self._record(call, pack, saved)
+                self._record(call, filling)
         self.transient = transient
-        self._add_tail(saved, tail)
-        self._accept(saved)
+        self._add_tail(filling.saved, tail)
+        self._accept(filling.saved)
 
     def _add_tail(self, saved: list[Any], tail: Tail) -> None:
         """Complete what a replay has saved that was to end there."""
         if len(saved) == tail.start:
             saved += [tail[index] if alive else None for index, alive in enumerate(self._alive) if index >= tail.start]
 
-    def _record(self, call: Callable[[], _T], pack: Callable[[Tensor], Any], saved: Sized) -> _T:
-        frame = self._frame()
-        outer, LOCAL.filling = LOCAL.filling, Filling(frame.run, self, pack, saved) if frame is not None else None
-        push_hooks(pack, self._unpacked)
+    def _record(self, call: Callable[[], _T], filling: Filling) -> _T:
+        push_hooks(filling.pack, self._unpacked)
         try:
             if self.statistics is None:
                 return call()
@@ -262,7 +251,7 @@ class Slots:
                 return call()
         finally:
             pop_hooks()
-            LOCAL.filling = outer
+            filling.slots = None
 
     @staticmethod
     def _unpacked(packed: Any) -> Tensor:
@@ -357,10 +346,6 @@ def kind_of(tensor: Tensor) -> int:
 def looks_of(tensor: Tensor) -> _Looks:
     """What shows whether a replay has saved the same kind of tensor."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-class EnoughError(BaseException):
-    """Ends a replay; code under replay must not catch it as an error of its own."""
 
 
 _REPEATABLE = "make the branch do the same in every call with the same input, or exclude the block with keep="

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops import SAME_ON_CPU, Normalise, normalises_alike
 from ..storage import Held, Ledger, storage_key
 from .guard import DRIFT
-from .local import LOCAL
+from .local import Filling, packer
 from .sketch import some_of
 
 if TYPE_CHECKING:
@@ -82,14 +82,11 @@ class Statistics:
 
     def batch(self, x: Tensor, eps: float) -> _Batch | None:
         """The statistics of a batch norm that saves now, of the same input."""
-        filling = LOCAL.filling if LOCAL.sink is None else None  # what it saves goes there, not into another frame inside
-        if filling is None or filling.slots.statistics is not self:
+        filling = packer()  # what is saved goes there, not into another frame inside
+        if not isinstance(filling, Filling) or filling.slots is None or filling.slots.statistics is not self:
             return None
         batch = self._batches.get(len(filling.saved))
         if batch is None or batch.eps != eps:
-            return None
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is None or hooks[0] is not filling.pack:
             return None
         return batch if self._is_again(some_of(x.detach()), batch.elements) else None
 

@@ -18,7 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
-__all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
+from .storage import is_allocated
+
+__all__ = [
+    "PLAIN",
+    "Buffers",
+    "Modes",
+    "detached_clone",
+    "give_attributes",
+    "is_foreign",
+    "modules_of",
+    "own_attributes",
+    "untouched",
+]
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -147,7 +159,7 @@ class Buffers:
                         self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
-        self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
+        self._copies = [None if is_lazy(tensor) else _copy_of(tensor) for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
@@ -156,7 +168,7 @@ class Buffers:
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
-        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and not is_lazy(buffer)]
+        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and _is_readable(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
         if _overwrites_unread(module):
@@ -245,10 +257,11 @@ class Buffers:
         """Put back what the call saw, and afterwards what is there now."""
         modes = [module.training for module in self._modules]
         _switch(self._modules, self._modes)
+        lent = {id(module._parameters) for module in self._modules if _MANAGED in module.__dict__}  # Rule 18
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
         for owner, tensors in self._owners:
             for name, tensor in zip(list(owner), tensors, strict=False):
-                if tensor is not None and owner[name] is not tensor:
+                if tensor is not None and owner[name] is not tensor and id(owner) not in lent:
                     swapped.append((owner, name, owner[name]))
                     owner[name] = tensor
         frozen = [t for t, grad in zip(self._read, self._grads, strict=True) if t.requires_grad is not grad]
@@ -303,7 +316,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
     """Try something on a module, and leave its parameters, buffers and attributes as they are."""
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
+    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors if is_allocated(tensor)]
     owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
     registered = [(owner, dict(owner)) for owner in owners]
     own = [(module, _snapshot(module)) for module in modules]
@@ -328,11 +341,32 @@ def untouched(root: nn.Module) -> Iterator[None]:
 
 # What every module has, and what is handled by itself
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
+_MANAGED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP mark whose parameters they shard
+_FRAMEWORKS = ("__composable_api_state_key_", _MANAGED, "_fsdp_")
+
+
+def is_foreign(kind: type) -> bool:
+    """Whether what is of this class belongs to a framework, which looks after it itself (Rule 18)."""
+    return kind.__module__.startswith("torch.distributed.")
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has, without parameters, buffers and children."""
-    return {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
+    """Those that not every module has, without parameters, buffers, children, and what frameworks keep there."""
+    attributes = module.__dict__
+    if is_foreign(type(module)):
+        return {}
+    if _MANAGED not in attributes:
+        return {name: value for name, value in attributes.items() if name not in _STANDARD}
+    return {
+        name: value
+        for name, value in attributes.items()
+        if name not in _STANDARD and not name.startswith(_FRAMEWORKS) and not _is_lent(value)
+    }
+
+
+def _is_lent(value: Any) -> bool:
+    """Whether it is a piece of what FSDP gathers for a call and sets as an attribute."""
+    return isinstance(value, Tensor) and isinstance(value._base, nn.Parameter)
 
 
 def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -368,9 +402,21 @@ def _forget(owner: _Owner) -> None:
         del _mutable[module]
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: it is made already, its memory is there, and it does not lie on several machines."""
+    return not is_lazy(tensor) and not is_foreign(type(tensor)) and is_allocated(tensor)
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """A copy, or the tensor itself if it is not to be looked at."""
+    return tensor.detach().clone() if _is_readable(tensor) else tensor
+
+
 def _overwrite(buffer: Tensor, value: Tensor) -> None:
     buffer.data.copy_(value)  # ``.data`` has a version counter of its own
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
+    if a is b or not is_allocated(a):
+        return True
     return b is not None and a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))

@@ -6,10 +6,12 @@ Autocast, the default device, parameters, and the buffers that a forward call ch
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ __all__ = [
     "detached_clone",
     "give_attributes",
     "is_foreign",
+    "is_foreign_call",
     "modules_of",
     "own_attributes",
     "untouched",
@@ -317,7 +320,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors if is_allocated(tensor)]
-    owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
+    owners: list[Any] = [m._parameters for m in modules if _MANAGED not in m.__dict__] + [m._buffers for m in modules]
     registered = [(owner, dict(owner)) for owner in owners]
     own = [(module, _snapshot(module)) for module in modules]
     try:
@@ -342,12 +345,22 @@ def untouched(root: nn.Module) -> Iterator[None]:
 # What every module has, and what is handled by itself
 _STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
 _MANAGED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP mark whose parameters they shard
+_DISTRIBUTED = "torch.distributed."
 _FRAMEWORKS = ("__composable_api_state_key_", _MANAGED, "_fsdp_")
 
 
 def is_foreign(kind: type) -> bool:
     """Whether what is of this class belongs to a framework, which looks after it itself (Rule 18)."""
-    return kind.__module__.startswith("torch.distributed.")
+    return kind.__module__.startswith(_DISTRIBUTED)
+
+
+def is_foreign_call(fn: Any) -> bool:
+    """The same of a function: it is a framework's hook."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    owner = getattr(fn, "__self__", None)
+    module = fn.__module__ if isinstance(fn, FunctionType) else type(fn if owner is None else owner).__module__
+    return module.startswith(_DISTRIBUTED)
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:

@@ -6,12 +6,10 @@ Autocast, the default device, parameters, and the buffers that a forward call ch
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
+from .effects import undone
+from .owned import is_foreign, is_sharded
 from .storage import is_allocated
 
 __all__ = [
@@ -27,11 +27,7 @@ __all__ = [
     "Buffers",
     "Modes",
     "detached_clone",
-    "give_attributes",
-    "is_foreign",
-    "is_foreign_call",
     "modules_of",
-    "own_attributes",
     "untouched",
 ]
 
@@ -260,7 +256,7 @@ class Buffers:
         """Put back what the call saw, and afterwards what is there now."""
         modes = [module.training for module in self._modules]
         _switch(self._modules, self._modes)
-        lent = {id(module._parameters) for module in self._modules if _MANAGED in module.__dict__}  # Rule 18
+        lent = {id(module._parameters) for module in self._modules if is_sharded(module)}  # Rule 18
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
         for owner, tensors in self._owners:
             for name, tensor in zip(list(owner), tensors, strict=False):
@@ -320,11 +316,11 @@ def untouched(root: nn.Module) -> Iterator[None]:
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors if is_allocated(tensor)]
-    owners: list[Any] = [m._parameters for m in modules if _MANAGED not in m.__dict__] + [m._buffers for m in modules]
+    owners: list[Any] = [m._parameters for m in modules if not is_sharded(m)] + [m._buffers for m in modules]
     registered = [(owner, dict(owner)) for owner in owners]
-    own = [(module, _snapshot(module)) for module in modules]
     try:
-        yield
+        with undone(modules):
+            yield
     finally:
         for owner, before in registered:
             owner.clear()
@@ -332,71 +328,6 @@ def untouched(root: nn.Module) -> Iterator[None]:
         for tensor, copy, version in copies:
             if tensor._version != version or not _same(tensor, copy):
                 _overwrite(tensor, copy)
-        for module, snapshot in own:
-            give_attributes(module, {name: value for name, (value, _) in snapshot.items()})
-            for value, contents in snapshot.values():
-                if isinstance(value, list):
-                    value[:] = contents
-                elif contents is not None:
-                    value.clear()
-                    value.update(contents)
-
-
-# What every module has, and what is handled by itself
-_STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
-_MANAGED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP mark whose parameters they shard
-_DISTRIBUTED = "torch.distributed."
-_FRAMEWORKS = ("__composable_api_state_key_", _MANAGED, "_fsdp_")
-
-
-def is_foreign(kind: type) -> bool:
-    """Whether what is of this class belongs to a framework, which looks after it itself (Rule 18)."""
-    return kind.__module__.startswith(_DISTRIBUTED)
-
-
-def is_foreign_call(fn: Any) -> bool:
-    """The same of a function: it is a framework's hook."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    owner = getattr(fn, "__self__", None)
-    module = fn.__module__ if isinstance(fn, FunctionType) else type(fn if owner is None else owner).__module__
-    return module.startswith(_DISTRIBUTED)
-
-
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has, without parameters, buffers, children, and what frameworks keep there."""
-    attributes = module.__dict__
-    if is_foreign(type(module)):
-        return {}
-    if _MANAGED not in attributes:
-        return {name: value for name, value in attributes.items() if name not in _STANDARD}
-    return {
-        name: value
-        for name, value in attributes.items()
-        if name not in _STANDARD and not name.startswith(_FRAMEWORKS) and not _is_lent(value)
-    }
-
-
-def _is_lent(value: Any) -> bool:
-    """Whether it is a piece of what FSDP gathers for a call and sets as an attribute."""
-    return isinstance(value, Tensor) and isinstance(value._base, nn.Parameter)
-
-
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """All attributes of its own, lists and dictionaries with their contents."""
-    return {
-        name: (value, value.copy() if isinstance(value, (list, dict, set)) else None)
-        for name, value in own_attributes(module).items()
-    }
-
-
-def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Let these be the module's own attributes, or those of these names."""
-    attributes = module.__dict__
-    for name in own_attributes(module) if names is None else names:
-        if name not in own:
-            attributes.pop(name, None)
-    attributes.update(own)
 
 
 def detached_clone(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..state import detached_clone, give_attributes
+from ..owned import give_attributes
+from ..state import detached_clone
 from ..storage import Held, is_allocated, version_of
 from .arguments import Argument
 from .objects import Former, Objects, Own, Seen

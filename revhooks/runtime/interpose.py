@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..state import is_foreign_call
+from ..owned import is_foreign_call
 
 __all__ = ["OnCall", "branches_of", "shadowed", "without_forward_hooks"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..state import is_foreign, own_attributes
+from ..owned import is_foreign, own_attributes
 
 __all__ = ["Former", "Objects", "Own", "Seen"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
-__all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
+from .effects import undone
+from .owned import is_foreign, is_sharded
+from .storage import is_allocated
+
+__all__ = [
+    "PLAIN",
+    "Buffers",
+    "Modes",
+    "detached_clone",
+    "modules_of",
+    "untouched",
+]
 
 
 # ------------------------------------------------------------------------------------------- modes
@@ -147,7 +158,7 @@ class Buffers:
                         self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
-        self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
+        self._copies = [None if is_lazy(tensor) else _copy_of(tensor) for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
@@ -156,7 +167,7 @@ class Buffers:
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
-        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and not is_lazy(buffer)]
+        present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and _is_readable(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
         if _overwrites_unread(module):
@@ -245,10 +256,11 @@ class Buffers:
         """Put back what the call saw, and afterwards what is there now."""
         modes = [module.training for module in self._modules]
         _switch(self._modules, self._modes)
+        lent = {id(module._parameters) for module in self._modules if is_sharded(module)}  # Rule 18
         swapped: list[tuple[_Owner, str, Tensor | None]] = []
         for owner, tensors in self._owners:
             for name, tensor in zip(list(owner), tensors, strict=False):
-                if tensor is not None and owner[name] is not tensor:
+                if tensor is not None and owner[name] is not tensor and id(owner) not in lent:
                     swapped.append((owner, name, owner[name]))
                     owner[name] = tensor
         frozen = [t for t, grad in zip(self._read, self._grads, strict=True) if t.requires_grad is not grad]
@@ -303,12 +315,12 @@ def untouched(root: nn.Module) -> Iterator[None]:
     """Try something on a module, and leave its parameters, buffers and attributes as they are."""
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
-    owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
+    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors if is_allocated(tensor)]
+    owners: list[Any] = [m._parameters for m in modules if not is_sharded(m)] + [m._buffers for m in modules]
     registered = [(owner, dict(owner)) for owner in owners]
-    own = [(module, _snapshot(module)) for module in modules]
     try:
-        yield
+        with undone(modules):
+            yield
     finally:
         for owner, before in registered:
             owner.clear()
@@ -316,40 +328,6 @@ def untouched(root: nn.Module) -> Iterator[None]:
         for tensor, copy, version in copies:
             if tensor._version != version or not _same(tensor, copy):
                 _overwrite(tensor, copy)
-        for module, snapshot in own:
-            give_attributes(module, {name: value for name, (value, _) in snapshot.items()})
-            for value, contents in snapshot.values():
-                if isinstance(value, list):
-                    value[:] = contents
-                elif contents is not None:
-                    value.clear()
-                    value.update(contents)
-
-
-# What every module has, and what is handled by itself
-_STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
-
-
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has, without parameters, buffers and children."""
-    return {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
-
-
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """All attributes of its own, lists and dictionaries with their contents."""
-    return {
-        name: (value, value.copy() if isinstance(value, (list, dict, set)) else None)
-        for name, value in own_attributes(module).items()
-    }
-
-
-def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str] | None = None) -> None:
-    """Let these be the module's own attributes, or those of these names."""
-    attributes = module.__dict__
-    for name in own_attributes(module) if names is None else names:
-        if name not in own:
-            attributes.pop(name, None)
-    attributes.update(own)
 
 
 def detached_clone(tensor: Tensor) -> Tensor:
@@ -368,9 +346,21 @@ def _forget(owner: _Owner) -> None:
         del _mutable[module]
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: it is made already, its memory is there, and it does not lie on several machines."""
+    return not is_lazy(tensor) and not is_foreign(type(tensor)) and is_allocated(tensor)
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    """A copy, or the tensor itself if it is not to be looked at."""
+    return tensor.detach().clone() if _is_readable(tensor) else tensor
+
+
 def _overwrite(buffer: Tensor, value: Tensor) -> None:
     buffer.data.copy_(value)  # ``.data`` has a version counter of its own
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
+    if a is b or not is_allocated(a):
+        return True
     return b is not None and a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))

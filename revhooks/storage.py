@@ -19,6 +19,7 @@ __all__ = [
     "Held",
     "Ledger",
     "compact",
+    "is_allocated",
     "is_alone",
     "is_leaf",
     "is_opaque",
@@ -81,6 +82,33 @@ def is_opaque(tensor: Tensor) -> bool:
         or tensor.is_conj()
         or tensor.is_neg()
     )
+
+
+def is_allocated(tensor: Tensor) -> bool:
+    """Whether the memory in which the tensor lies is there: libraries free a storage between calls and keep its tensors.
+
+    Example:
+        >>> x = torch.zeros(3)
+        >>> is_allocated(x)
+        True
+        >>> _ = x.untyped_storage().resize_(0)
+        >>> is_allocated(x)
+        False
+    """
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return True
+    parts = getattr(type(tensor), "__tensor_flatten__", None)
+    if parts is not None:  # a wrapper, whose own storage is never there
+        inner = [getattr(tensor, name) for name in parts(tensor)[0]]
+        return all(is_allocated(part) for part in inner if isinstance(part, Tensor))
+    try:
+        available = tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # it has none
+        return True
+    if not tensor.numel():
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return bool((int(tensor.storage_offset()) + last + 1) * tensor.element_size() <= available)
 
 
 _NEAR = frozenset({"cpu"})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -46,7 +48,19 @@ def no_gc() -> Iterator[None]:
     gc.enable()
 
 
-class Count(nn.Module):
+class Counts:
+    """Has a count ``calls`` of evaluations in memory of C's: a number in an attribute is put back after a replay."""
+
+    @property
+    def calls(self) -> int:
+        return self.__dict__["_count"].value  # type: ignore[no-any-return]
+
+    @calls.setter
+    def calls(self, count: int) -> None:
+        self.__dict__.setdefault("_count", ctypes.c_long()).value = count
+
+
+class Count(Counts, nn.Module):
     """Counts the calls of what it wraps."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -57,6 +71,23 @@ class Count(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
         return self.net(*args, **kwargs)
+
+
+class Notes:
+    """A list that no replay puts back: it lies in memory of C's."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+
+    def append(self, thing: Any) -> None:
+        self._queue.put(thing)
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def taken(self) -> list[Any]:
+        """What was noted since the last time."""
+        return [self._queue.get() for _ in range(len(self))]
 
 
 def calls(model: nn.Module) -> list[int]:

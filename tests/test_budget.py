@@ -17,10 +17,10 @@ from revhooks.errors import RegistrationError
 from revhooks.runtime import run as run_module
 from revhooks.runtime.budget import parse_bytes
 from revhooks.runtime.recipe import recipe_of
-from tests.conftest import Count, calls
+from tests.conftest import Count, Counts, Notes, calls
 
 
-class Layer(nn.Module):
+class Layer(Counts, nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Tanh(), nn.Dropout(0.1))
@@ -73,7 +73,7 @@ def test_replay_by_name(spec: Any, cls: type[Layer]) -> None:
 
 def test_replay_stops_early_and_newest_is_kept() -> None:
     """Two calls a layer, one for the newest; what `torch.utils.checkpoint` calls is one more."""
-    counted = []
+    counted = Notes()
 
     class Counting(Layer):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revhooks
 from revhooks.errors import InversionError, ModifiedError, ReplayError
+from tests.conftest import Counts, Notes
 
 CONTEXTS = pytest.mark.parametrize("inside", [False, True], ids=["alone", "reversible"])
 EARLY = pytest.mark.parametrize("early_stop", [True, False])
@@ -81,13 +82,13 @@ def test_nested(nest: int, fn: Callable[..., Tensor], inside: bool, early_stop: 
     assert expected is got is None or torch.equal(expected, got)
 
 
-class Count:
+class Count(Counts):
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
-        self.n = 0
+        self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.n += 1
+        self.calls += 1
         return self.fn(*args, **kwargs)
 
 
@@ -139,7 +140,7 @@ def test_recompute_counts_are_those_of_torch(case: Any, inside: bool, early_stop
         leaf = x.clone().requires_grad_()
         with torch_checkpoint.set_checkpoint_early_stop(early_stop), scope(inside and ck is wrap):
             fn(leaf * 1).sum().backward()
-        results.append((leaf.grad, [c.n for c in counters]))
+        results.append((leaf.grad, [c.calls for c in counters]))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 
@@ -160,7 +161,7 @@ def test_early_stop_spares_the_ops_after_the_last_saved_tensor() -> None:
 
 @CONTEXTS
 def test_what_it_saves_is_let_go_of_at_once(inside: bool) -> None:
-    seen: list[weakref.ref[Any]] = []
+    seen = Notes()
 
     def fn(x: Tensor) -> Tensor:
         h = x.exp()

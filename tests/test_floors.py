@@ -12,14 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "revhooks"
 FLOORS = {
     "errors": 0, "record": 0,
-    "fingerprint": 1, "storage": 1, "state": 1, "generators": 1, "tracing": 1,
-    "functional": 2, "solvers": 2,
-    "registry": 3, "ops": 3,
-    "nn": 4,
-    "runtime": 5,
-    "context": 6,
-    "checking": 7, "profile": 7,
-    "cli": 8, "__main__": 9,
+    "fingerprint": 1, "storage": 1, "owned": 1, "generators": 1, "tracing": 1,
+    "reach": 2, "names": 3, "effects": 4,
+    "state": 5, "functional": 5, "solvers": 5,
+    "registry": 6, "ops": 6,
+    "nn": 7,
+    "runtime": 8,
+    "context": 9,
+    "checking": 10, "profile": 10,
+    "cli": 11, "__main__": 12,
 }  # fmt: skip
 REPORT_MAY = {"record"}  # and rich
 

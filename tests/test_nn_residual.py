@@ -25,12 +25,12 @@ from revhooks.errors import (
 )
 from revhooks.nn import InvertibleResidual, contract, conv_singular_values, lipschitz_bound, spectral
 from revhooks.nn.spectral import SpectralLayer
-from tests.conftest import assert_same, compare, step
+from tests.conftest import Counts, assert_same, compare, step
 
 F64 = torch.float64
 
 
-class Counted(nn.Module):
+class Counted(Counts, nn.Module):
     """A branch that counts its evaluations."""
 
     def __init__(self, net: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import RevhooksError
+from tests.conftest import Counts, Notes
 
 WIDTH, HEADS, DEPTH = 16, 2, 3
 X = torch.linspace(-1, 1, 2 * 5 * WIDTH, dtype=torch.float64).reshape(2, 5, WIDTH)
@@ -83,7 +84,7 @@ class Pair(NamedTuple):
     mask: Tensor | None = None
 
 
-class Layer(nn.Module):
+class Layer(Counts, nn.Module):
     """Attention whose keys and values go through a cache."""
 
     def __init__(self, index: int, p: float = 0.0) -> None:
@@ -362,7 +363,7 @@ def test_other_objects_are_passed_as_they_are() -> None:
         def __init__(self) -> None:
             self.marker, self.scale = marker, 0.5
 
-    seen = []
+    seen = Notes()
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -380,20 +381,21 @@ def test_other_objects_are_passed_as_they_are() -> None:
         for _ in range(2):
             revhooks.checkpoint(module, X, config, cache).sum().backward()
     assert len(seen) == 4
-    assert all(one is config for one in seen)
+    assert all(one is config for one in seen.taken())
     assert cache.seen == 2
 
 
 @pytest.mark.parametrize("make", [lambda t: defaultdict(list, a=t), lambda t: OrderedDict(a=t)], ids=["defaultdict", "ordered"])
 def test_dictionaries_keep_their_type(make: Callable[[Tensor], Any]) -> None:
-    kinds = []
+    noted = Notes()
 
     def scaled(x: Tensor, scales: dict[str, Tensor]) -> Tensor:
-        kinds.append((type(scales), getattr(scales, "default_factory", None)))
+        noted.append((type(scales), getattr(scales, "default_factory", None)))
         return torch.tanh(x) * scales["a"]
 
     x, scale = X.clone().requires_grad_(), X[0].clone().requires_grad_()
     revhooks.checkpoint(scaled, x, make(scale)).sum().backward()
+    kinds = noted.taken()
     assert len(kinds) == 2
     assert kinds[0] == kinds[1]
     expected = torch.autograd.grad((torch.tanh(x) * scale).sum(), (x, scale))

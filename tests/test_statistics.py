@@ -19,6 +19,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import ReplayError
 from revhooks.runtime import statistics
+from tests.conftest import Notes
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.BatchNorm2d(4),
@@ -501,15 +502,15 @@ def test_a_patched_norm() -> None:
 def test_hooks_of_a_norm_fire_as_before(kind: str) -> None:
     """Hooks of what is inside a branch fire once more in its replay, as in any."""
     net, x = net_of(kind, branch), input_of(kind)
-    fired: list[Tensor] = []
+    fired = Notes()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda module, args, y: fired.append(y.detach().clone()))
     with revhooks.reversible(replay=Residual):
         value = net(x.requires_grad_()).square().mean()
-        forward = list(fired)
+        forward = fired.taken()
         value.backward()
-    again = fired[len(forward) :]
+    again = fired.taken()
     assert again
     assert all(any(torch.allclose(y, other, rtol=1e-9) for other in forward) for y in again)
 
@@ -517,7 +518,7 @@ def test_hooks_of_a_norm_fire_as_before(kind: str) -> None:
 def test_another_thread_that_calls_a_norm_meanwhile() -> None:
     """It computes statistics of its own; what it writes is forgotten with the replay that started it."""
     norm = nn.BatchNorm2d(4).double()
-    results: list[Tensor] = []
+    results = Notes()
     other = image(2, 4, 9, 9)
 
     class Meanwhile(nn.Module):
@@ -535,7 +536,7 @@ def test_another_thread_that_calls_a_norm_meanwhile() -> None:
 
     module = Meanwhile()
     revhooks.checkpoint(module, image(2, 4, 9, 9).requires_grad_()).square().mean().backward()
-    assert torch.equal(results[0], nn.BatchNorm2d(4).double()(other).detach())
+    assert torch.equal(results.taken()[0], nn.BatchNorm2d(4).double()(other).detach())
     assert module.norm.num_batches_tracked == 1
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..state import detached_clone, give_attributes
-from ..storage import Held, version_of
+from ..owned import give_attributes
+from ..state import detached_clone
+from ..storage import Held, is_allocated, version_of
 from .arguments import Argument
 from .objects import Former, Objects, Own, Seen
 from .tree import leaves_of
@@ -43,7 +44,7 @@ class Attributes:
         self._facts = facts
         self._owns = [Own(module) for module in modules]
         self._objects = Objects.among(self._owns) or Objects(self._owns, deep=False)
-        tensors = self._objects.tensors()
+        tensors = [tensor for tensor in self._objects.tensors() if is_allocated(tensor)]
         self._versions = [(tensor, version_of(tensor)) for tensor in tensors]
         self._copies: dict[int, Tensor] = {}
         if facts.writes.possible:

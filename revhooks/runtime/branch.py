@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..effects import undone
 from ..errors import ModifiedError, explain
 from ..generators import Rng
 from ..state import PLAIN, Buffers, Modes, modules_of
 from ..storage import Held
 from .attributes import Attributes
 from .statistics import Statistics
+from .tree import leaves_of
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -42,6 +44,7 @@ class CallState:
         "_kinds",
         "_ledger",
         "_modes",
+        "_modules",
         "_statistics",
         "_tracker",
         "drew",
@@ -57,7 +60,7 @@ class CallState:
     ) -> None:
         self._device = frame.device
         self.facts = facts
-        modules = modules_of(roots)
+        modules = self._modules = modules_of(roots)
         self._buffers = Buffers(modules, frame.external, closely=facts.writes_parameters, owned=owned)
         known = facts.attributes[bool(roots) and roots[0].training]
         self._attributes = Attributes(frame.run, modules, known) if known.changes.possible else None
@@ -118,8 +121,16 @@ class CallState:
                 )
             )
 
-    def repeat(self, call: Callable[[], _T], *, grad: bool) -> _T:
-        """Run ``call`` with the generators, modes and buffers that the call saw; leave them as they are now."""
+    def repeat(self, call: Callable[[], _T], *, grad: bool, reach: Sequence[Any] = ()) -> _T:
+        """Run ``call`` with the generators, modes and buffers that the call saw; leave them as they are now.
+
+        What it does to the user's objects is undone (Rule 7).
+
+        Args:
+            call: the code.
+            grad: whether gradients are recorded.
+            reach: functions and arguments from which it may reach such objects; its modules count anyway.
+        """
         now = None
         if self.rng is not None:
             now = self._tracker.capture(self._device, self._kinds)
@@ -129,9 +140,9 @@ class CallState:
         try:
             modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
             if modes is None:
-                return self._with_state(call)
+                return self._with_state(call, reach)
             with modes.restored():
-                return self._with_state(call)
+                return self._with_state(call, reach)
         finally:
             torch._C._set_grad_enabled(before)
             if now is not None:
@@ -146,7 +157,12 @@ class CallState:
         for tensor in self._attributes.tensors() if self._attributes is not None else ():
             yield STATE, what, tensor
 
-    def _with_state(self, call: Callable[[], _T]) -> _T:
+    def _with_state(self, call: Callable[[], _T], reach: Sequence[Any]) -> _T:
+        objects = [leaf for leaf in leaves_of(reach) if not isinstance(leaf, Tensor)]
+        with undone(self._modules, objects, self.facts.leaves):
+            return self._with_attributes(call)
+
+    def _with_attributes(self, call: Callable[[], _T]) -> _T:
         if self._attributes is not None:
             with self._attributes.replayed():
                 return self._with_buffers(call)

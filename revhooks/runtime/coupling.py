@@ -488,9 +488,10 @@ class CouplingFrame(ModuleFrame):
         def call() -> Tensor:
             return branch.step.evaluate(source, args, kwargs)
 
+        reach = (args, kwargs)
         if not fill:
-            return branch.state.repeat(call, grad=False)
-        return branch.state.repeat(lambda: branch.slots.fill(call, transient=transient), grad=True)
+            return branch.state.repeat(call, grad=False, reach=reach)
+        return branch.state.repeat(lambda: branch.slots.fill(call, transient=transient), grad=True, reach=reach)
 
     def _refill_glue(self, branch: _Branch, glue: Slots, previous: Tensor, update: Tensor, *, transient: bool) -> None:
         """Repeat the law, whose own ops saved tensors too."""

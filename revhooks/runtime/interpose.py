@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..owned import is_foreign_call
+
 __all__ = ["OnCall", "branches_of", "shadowed", "without_forward_hooks"]
 
 # Takes a child's call over: gets the child, a function that makes the call, and the arguments; returns the result.
@@ -122,11 +124,11 @@ def shadowed(children: list[nn.Module], on_call: OnCall) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_forward_hooks(children: list[nn.Module]) -> Iterator[None]:
-    """Do not fire the forward hooks of ``children``, whose calls the user does not make."""
+    """Do not fire the forward hooks of ``children``, whose calls the user does not make; but those of frameworks (Rule 18)."""
     before = [(child, child._forward_hooks) for child in children if child._forward_hooks]
     try:
         for child, hooks in before:
-            child._forward_hooks = type(hooks)()
+            child._forward_hooks = type(hooks)((key, hook) for key, hook in hooks.items() if is_foreign_call(hook))
         yield
     finally:
         for child, hooks in before:

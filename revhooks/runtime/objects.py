@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..state import own_attributes
+from ..owned import is_foreign, own_attributes
 
 __all__ = ["Former", "Objects", "Own", "Seen"]
 
@@ -185,7 +185,7 @@ def _contents(thing: Any) -> _Contents | None:
     kind = type(thing)
     if kind is Own:
         return thing.now()  # type: ignore[no-any-return]
-    if kind in _PLAIN or isinstance(thing, _WHOLE):
+    if kind in _PLAIN or isinstance(thing, _WHOLE) or is_foreign(kind):
         return None
     if kind in _DICTS:
         return thing.copy()  # type: ignore[no-any-return]

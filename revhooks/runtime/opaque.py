@@ -390,7 +390,7 @@ class OpaqueFrame(ModuleFrame):
             return map_tensors(_copy, memo[index])
 
         with shadowed(self._children, branch):
-            result = self.state.repeat(lambda: self._call_inverse(output, args, kwargs), grad=False)
+            result = self.state.repeat(lambda: self._call_inverse(output, args, kwargs), grad=False, reach=(args, kwargs))
         inputs = self._accept(result)
         missing = [i for i, call in enumerate(self.calls) if call.slots.live and i not in memo]
         if fill and (missing or self.glue.live):
@@ -469,7 +469,7 @@ class OpaqueFrame(ModuleFrame):
             return self._original(self.module, *args, **kwargs)
 
         with shadowed(self._children, branch):
-            output = self.state.repeat(lambda: self.glue.fill(forward, transient=transient), grad=True)
+            output = self.state.repeat(lambda: self.glue.fill(forward, transient=transient), grad=True, reach=(args, kwargs))
         self.verify_replay(self._output_sample, tensors_of(output)[0], lambda: self.label)
 
     def _check_inputs(self) -> None:

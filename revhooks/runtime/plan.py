@@ -113,6 +113,7 @@ class Facts:
         "_zeros",
         "attributes",
         "kept",
+        "leaves",
         "looks",
         "owns_input",
         "repeatable",
@@ -128,6 +129,7 @@ class Facts:
         self._zeros: dict[object, Finding] = {}  # exact zeros in what comes in at a place
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
+        self.leaves = Finding()  # whether what is run again writes to tensors of the user's
         self.looks: list[object] = []  # of what the latest call saved
         self.repeatable = True
         self.writes_input = True  # in place

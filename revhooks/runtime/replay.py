@@ -218,7 +218,7 @@ class ReplayFrame(Frame):
                 slots.fill_and_stop(call, self._tail, transient=transient)
 
         try:
-            self.state.repeat(fill, grad=True)
+            self.state.repeat(fill, grad=True, reach=(self.region.call, args, kwargs))
         except Exception as problem:
             if not isinstance(problem, torch.OutOfMemoryError):
                 self.facts.look_again()

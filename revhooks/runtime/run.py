@@ -37,6 +37,7 @@ from .plan import Facts, Fallback, Predicate
 from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
+from .transforms import make_room
 from .tree import tensors_of
 from .value import Value, Values
 
@@ -59,6 +60,7 @@ class Run:
         budget: float = 0.0,
         offload: bool = False,
     ) -> None:
+        make_room()
         self.guard = Guard(guard)
         self.ledger = Ledger()
         self.budget = Budget(self.ledger, budget)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
@@ -18,9 +18,22 @@ from torch import nn
 
 from .errors import RegistrationError, explain
 
-__all__ = ["ACTIVE", "Registration", "in_place_of", "invertible", "lookup", "register", "registered", "unregister"]
+__all__ = [
+    "ACTIVE",
+    "Branches",
+    "Registration",
+    "entries_of",
+    "in_place_of",
+    "invertible",
+    "lookup",
+    "register",
+    "registered",
+    "unregister",
+]
 
 Inverse = str | Callable[..., Any]
+# the names of modules in a block, classes of them, or a function of the block that gives them
+Branches = str | type | tuple[str | type, ...] | list[str | type] | Callable[[nn.Module], Iterable[nn.Module]]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -35,6 +48,7 @@ class Registration:
         cost: evaluations of the block that an inversion needs beyond the replay.
         log_det: the name of the method that gives the log-abs-det of the Jacobian, if any.
         keeps_zeros: the inputs, by position, that need not be held for their exact zeros; ``True``: all of them.
+        branches: which modules in the block are its branches; ``None``: what forward and the inverse both call.
     """
 
     cls: type | None
@@ -43,6 +57,7 @@ class Registration:
     cost: float = 0
     log_det: str | None = None
     keeps_zeros: bool | tuple[int, ...] = False
+    branches: Branches | None = None
 
     def keeps_zeros_in(self, position: int) -> bool:
         """Whether the input at ``position`` need not be held for its exact zeros."""
@@ -88,7 +103,7 @@ class _Active(threading.local):
 
 
 ACTIVE = _Active()
-_REGISTRY: dict[type, Registration] = {}
+_REGISTRY: dict[type, dict[str, Registration]] = {}  # class -> method -> how to invert it
 
 
 def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,23 +138,35 @@ def register(
     cost: float = 0,
     log_det: str | None = None,
     keeps_zeros: bool | tuple[int, ...] = False,
+    branches: Branches | None = None,
 ) -> None:
     """Tell ``reversible()`` that calls of ``cls.method`` can be inverted.
+
+    A block whose children (or those in its lists) are registered themselves is a container: its children are inverted one by
+    one, and it is not, unless ``branches`` are named.
 
     Args:
         cls: a subclass of `torch.nn.Module`; its subclasses are covered as far as they inherit or call the method.
         inverse: the name of a method, called with the outputs and then the held arguments, or
-            ``f(module, output, *args, **kwargs)``. It returns one tensor (the first positional input)
-            or a tuple (the first ``len(tuple)`` inputs); every other argument is held.
-        method: the method that training calls (``"inverse"`` for some flow libraries).
+            ``f(module, output, *args, **kwargs)``. It returns the first argument, or a tuple or list of the first ones; an
+            argument may be a list or dict of tensors. Every other argument is held. A method may do without the last
+            outputs, or take all of them as one tuple; what comes behind the inputs, as a log-det, does not count.
+        method: the method that training calls (``"inverse"`` for some flow libraries). Each method of a class has a
+            registration of its own: both directions may be trained.
         cost: evaluations of the block that an inversion needs beyond the replay: 0 for a coupling, about 10
-            for a fixed point, D for an autoregressive map.
-        log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``.
+            for a fixed point, D for an autoregressive map. A replay needs the inputs, which an inversion frees. So where
+            they are small the block is replayed from them: where they take no more than a sixteenth of what it saves, and no
+            more than ``cost / 160`` of it.
+        log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``; `check` compares it with
+            that of `torch.autograd.functional.jacobian`.
         keeps_zeros: an inversion turns an exact zero into 1e-17, so an input that has some is held. ``True`` where the
             inverse is exact to the bit, or the positions of inputs that the block only adds: these are not held.
+        branches: the modules in the block whose calls an inverse repeats, so that they are evaluated once in backward: their
+            names (``"net"``, ``("f", "inner.g")``), classes, or a function of the block that gives them. Without it: the
+            children that forward and the inverse both call, or the modules below them, where one of both calls these alone.
 
     Raises:
-        RegistrationError: ``cls`` is no module class, is registered already, or lacks the method or the inverse.
+        RegistrationError: ``cls`` is no module class, its method is registered already, or it lacks the method or the inverse.
 
     Example:
         >>> class Shift(nn.Module):
@@ -153,8 +180,9 @@ def register(
     subject = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise _refuse(subject, "a subclass of torch.nn.Module", f"{cls!r}", "pass the class, not an instance")
-    if cls in _REGISTRY:
-        raise _refuse(subject, "a class not yet registered", "a second registration", "unregister(cls) first")
+    if method in _REGISTRY.get(cls, {}):
+        got = f"a second registration of its method {method!r}"
+        raise _refuse(subject, "a method not yet registered", got, f"unregister(cls, method={method!r}) first")
     original = getattr(cls, method, None)
     if not callable(original):
         raise _refuse(subject, f"a method {method!r}", "none", "name the method that training calls with method=")
@@ -166,8 +194,10 @@ def register(
         raise _refuse(subject, f"a method {log_det!r}", "none", "name the method that gives the log-abs-det")
     if not cost >= 0:
         raise _refuse(subject, "cost >= 0", f"{cost!r}", "count the extra evaluations that an inversion needs")
-    entry = Registration(cls, inverse, method, cost, log_det, keeps_zeros)
-    _REGISTRY[cls] = entry
+    if not (branches is None or isinstance(branches, (str, type, tuple, list)) or callable(branches)):
+        raise _refuse(subject, "branches= names, classes or a function of the block", f"{branches!r}", "see help(register)")
+    entry = Registration(cls, inverse, method, cost, log_det, keeps_zeros, branches)
+    _REGISTRY.setdefault(cls, {})[method] = entry
     setattr(cls, method, _bracket(original, entry))
 
 
@@ -175,39 +205,63 @@ def _refuse(subject: str, expected: str, got: str, remedy: str) -> RegistrationE
     return RegistrationError(explain(subject, expected=expected, got=got, remedy=remedy))
 
 
-def unregister(cls: type) -> None:
-    """Undo `register`: the class's method is its own again.
+def unregister(cls: type, *, method: str | None = None) -> None:
+    """Undo `register`: the class's methods are its own again, or one of them.
 
     Raises:
-        RegistrationError: ``cls`` itself is not registered.
+        RegistrationError: ``cls`` itself, or its method, is not registered.
     """
-    entry = _REGISTRY.pop(cls, None)
-    if entry is None:
+    entries = _REGISTRY.get(cls, {})
+    if not entries or (method is not None and method not in entries):
         name = getattr(cls, "__name__", repr(cls))
-        raise _refuse(name, "a registered class", "one that is not", "unregister the class that was registered")
-    original = cls.__dict__[entry.method].__wrapped__
-    delattr(cls, entry.method)
-    if getattr(cls, entry.method, None) is not original:  # it was the class's own, not inherited
-        setattr(cls, entry.method, original)
+        wanted = "class" if not entries else f"method, not {method!r}"
+        raise _refuse(name, f"a registered {wanted}", "one that is not", "unregister what was registered")
+    for name in list(entries) if method is None else [method]:
+        del entries[name]
+        _take_bracket_off(cls, name)
+    if not entries:
+        del _REGISTRY[cls]
 
 
-def lookup(cls: type) -> Registration | None:
-    """The registration of ``cls`` or of the nearest class it inherits from, else ``None``."""
-    return next((_REGISTRY[base] for base in cls.__mro__ if base in _REGISTRY), None)
+def _take_bracket_off(cls: type, method: str) -> None:
+    original = cls.__dict__[method].__wrapped__
+    delattr(cls, method)
+    if getattr(cls, method, None) is not original:  # it was the class's own, not inherited
+        setattr(cls, method, original)
 
 
-def registered(cls: type | None = None) -> Registration | dict[type, Registration] | None:
-    """The registration that covers ``cls``; without an argument, all of them by class."""
-    return dict(_REGISTRY) if cls is None else lookup(cls)
+def entries_of(cls: type) -> tuple[Registration, ...]:
+    """The registrations that cover ``cls``, of each method that of the nearest class; ``forward``'s comes first."""
+    entries: dict[str, Registration] = {}
+    for base in cls.__mro__:
+        for method, entry in _REGISTRY.get(base, {}).items():
+            entries.setdefault(method, entry)
+    return tuple(sorted(entries.values(), key=lambda entry: entry.method != "forward"))
 
 
-def invertible(*, inverse: Inverse = "inverse", cost: float = 0, log_det: str | None = None) -> Callable[[_F], _F]:
+def lookup(cls: type, method: str | None = None) -> Registration | None:
+    """The registration of ``cls`` or of the nearest class it inherits from, else ``None``; of several ``forward``'s."""
+    return next((entry for entry in entries_of(cls) if method in (None, entry.method)), None)
+
+
+def registered(cls: type | None = None, *, method: str | None = None) -> Registration | dict[type, Registration] | None:
+    """The registration that covers ``cls`` (of several that of ``method``, or ``forward``'s); without a class, all by class."""
+    if cls is None:
+        found = {base: lookup(base, method) for base in _REGISTRY}
+        return {base: entry for base, entry in found.items() if entry is not None}
+    return lookup(cls, method)
+
+
+def invertible(
+    *, inverse: Inverse = "inverse", cost: float = 0, log_det: str | None = None, branches: Branches | None = None
+) -> Callable[[_F], _F]:
     """Decorate a forward method whose class has an inverse.
 
     Args:
         inverse: as in `register`.
         cost: as in `register`.
         log_det: as in `register`.
+        branches: as in `register`.
 
     Raises:
         RegistrationError: what is decorated is not a function.
@@ -224,7 +278,7 @@ def invertible(*, inverse: Inverse = "inverse", cost: float = 0, log_det: str | 
     def decorate(method: _F) -> _F:
         if isinstance(method, type) or not callable(method):
             raise _refuse(repr(method), "a forward method", type(method).__name__, "decorate the method, or use register(cls)")
-        return _bracket(method, Registration(None, inverse, method.__name__, cost, log_det))  # type: ignore[return-value]
+        return _bracket(method, Registration(None, inverse, method.__name__, cost, log_det, branches=branches))  # type: ignore[return-value]
 
     if callable(inverse) and not isinstance(inverse, str) and getattr(inverse, "__name__", "") == "forward":
         raise _refuse("invertible", "@invertible(inverse=...)", "@invertible", "write the parentheses")

@@ -304,7 +304,7 @@ class InvertibleResidual(nn.Module):
         self._update(x, args, kwargs)
         return self.transform_and_ladj(x, *args, **kwargs)
 
-    @invertible(inverse=lambda block, out, *args, **kwargs: block.inverse(out[0], *args, **kwargs), cost=COST)
+    @invertible(inverse=lambda block, out, *args, **kwargs: block.inverse(out[0], *args, **kwargs), cost=COST, branches="g")
     def transform_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`call_and_ladj` as the block stands, without power iteration."""
         record = torch.is_grad_enabled()
@@ -373,4 +373,4 @@ def _refused(expected: str, got: str, remedy: str) -> RegistrationError:
     return RegistrationError(explain("InvertibleResidual", expected=expected, got=got, remedy=remedy))
 
 
-register(InvertibleResidual, inverse="inverse", method="transform", cost=COST, log_det="log_det")
+register(InvertibleResidual, inverse="inverse", method="transform", cost=COST, log_det="log_det", branches="g")

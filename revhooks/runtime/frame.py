@@ -66,6 +66,7 @@ class Frame(abc.ABC):
     """
 
     exact = False  # whether what it is rebuilt from is what it was
+    open = False  # whether its call is being made, as far as it matters
 
     def __init__(self, run: Run, facts: Facts, *, training: bool = True) -> None:
         self.run = run
@@ -207,6 +208,14 @@ class Frame(abc.ABC):
         """Where a replay starts from what was kept, nothing else shows that it repeats the call (Rule 9)."""
         if sample is not None:
             self.check_replay(sample.copy_of(output), sample.values, label)
+
+    def verify_outputs(self, samples: Sequence[Sample | None], outputs: Sequence[Tensor], label: Callable[[], str]) -> None:
+        """The same for every output; of a log-det of next to nothing the rounding does not count."""
+        for sample, output in zip(samples, outputs, strict=True):
+            if sample is not None:
+                rebuilt, original = sample.copy_of(output).reshape(-1), sample.values.reshape(-1)
+                floor = original.new_full((1,), self.bounds(original)[0] * len(original) ** 0.5)
+                self.check_replay(torch.cat([rebuilt, floor]), torch.cat([original, floor]), label)
 
     def check_replay(self, rebuilt: Tensor, original: Tensor, label: Callable[[], str]) -> None:
         """Compare elements that a replay gave, in memory of their own, with those that forward had."""

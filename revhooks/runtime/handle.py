@@ -63,6 +63,7 @@ class SlotHandle(Source):
         if slots.tensors[self._index] is None:
             return frame.run.rebuild(frame, slots, self._index)
         if not frame.released:
+            slots.asked |= frame.open
             frame.run.reading_kept(frame)
         return slots.read(self._index)
 

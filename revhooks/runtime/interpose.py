@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ..owned import is_foreign_call
+from ..registry import Branches
 
-__all__ = ["OnCall", "branches_of", "shadowed", "without_forward_hooks"]
+__all__ = ["OnCall", "branches_of", "deeper", "shadowed", "without_forward_hooks"]
 
 # Takes a child's call over: gets the child, a function that makes the call, and the arguments; returns the result.
 OnCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -27,8 +28,32 @@ _UNIMPLEMENTED = nn.Module.forward
 _LOCK = threading.Lock()
 
 
-def branches_of(module: nn.Module) -> list[nn.Module]:
-    """The modules whose calls are a block's branches: its children, those of containers included."""
+def branches_of(module: nn.Module, chosen: Branches | None = None) -> list[nn.Module]:
+    """The modules whose calls are a block's branches: those that were chosen, or its children, those of containers included.
+
+    Example:
+        >>> block = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(2, 2), nn.Tanh())})
+        >>> [type(m).__name__ for m in branches_of(block)]
+        ['Sequential']
+        >>> [type(m).__name__ for m in branches_of(block, ("inner.0", nn.Tanh))]
+        ['Linear', 'Tanh']
+    """
+    return list(_children(module) if chosen is None else dict.fromkeys(_chosen(module, chosen)))
+
+
+def _chosen(module: nn.Module, chosen: Branches) -> Iterator[nn.Module]:
+    if isinstance(chosen, str):
+        yield module.get_submodule(chosen)
+    elif isinstance(chosen, type):
+        yield from (inner for inner in module.modules() if isinstance(inner, chosen) and inner is not module)
+    elif isinstance(chosen, (tuple, list)):
+        for one in chosen:
+            yield from _chosen(module, one)
+    else:
+        yield from chosen(module)
+
+
+def _children(module: nn.Module) -> dict[nn.Module, None]:
     found: dict[nn.Module, None] = {}
     stack = [child for child in module._modules.values() if child is not None]
     while stack:
@@ -37,14 +62,43 @@ def branches_of(module: nn.Module) -> list[nn.Module]:
             stack.extend(c for c in child._modules.values() if c is not None)
         else:
             found[child] = None
-    return list(found)
+    return found
+
+
+def deeper(modules: list[nn.Module]) -> list[nn.Module]:
+    """The modules below these whose calls can be seen: not what a script or a compiler has taken."""
+    found: dict[nn.Module, None] = {}
+    stack = list(modules)
+    while stack:
+        module = stack.pop()
+        if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            continue
+        below = [child for child in module._modules.values() if child is not None and child not in found]
+        found.update(dict.fromkeys(below))
+        stack += below
+    return [module for module in found if module not in modules and type(module).forward is not _UNIMPLEMENTED]
+
+
+class _Watching:
+    """What one block's call does with calls of its branches, and of strays."""
+
+    __slots__ = ("branches", "depth", "note", "on_call", "strays")
+
+    def __init__(
+        self, branches: list[nn.Module], on_call: OnCall, strays: list[nn.Module], note: Callable[[nn.Module], object]
+    ) -> None:
+        self.branches = frozenset(map(id, branches))
+        self.on_call = on_call
+        self.strays = frozenset(map(id, strays))
+        self.note = note
+        self.depth = 0  # of calls of strays
 
 
 class _Watch(threading.local):
     """Who takes the calls of this thread over, innermost block last; ``None`` while a branch runs."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[frozenset[int], OnCall] | None] = []
+        self.stack: list[_Watching | None] = []
 
 
 _WATCH = _Watch()
@@ -64,13 +118,26 @@ class _Shadow:
         child = self._child()
         if child is None:  # pragma: no cover - who calls a module holds it
             raise RuntimeError("a module was called after it was deleted")
-        if watch is None or id(child) not in watch[0] or torch.compiler.is_compiling():
+        if watch is None or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._proceed(*args, **kwargs)  # what a functional transform runs is no call of its own
+        if id(child) in watch.strays:
+            return self._proceed_as_stray(watch, child, args, kwargs)
+        if id(child) not in watch.branches:
             return self._proceed(*args, **kwargs)
         stack.append(None)
         try:
-            return watch[1](child, self._proceed, args, kwargs)
+            return watch.on_call(child, self._proceed, args, kwargs)
         finally:
             stack.pop()
+
+    def _proceed_as_stray(self, watch: _Watching, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not watch.depth:
+            watch.note(child)
+        watch.depth += 1
+        try:
+            return self._proceed(*args, **kwargs)
+        finally:
+            watch.depth -= 1
 
     def _proceed(self, *args: Any, **kwargs: Any) -> Any:
         if self._below is not None:
@@ -102,18 +169,26 @@ def _shadow_of(child: nn.Module) -> _Shadow:
     return present if isinstance(present, _Shadow) else _Shadow(child)
 
 
+_NONE: list[nn.Module] = []
+
+
 @contextlib.contextmanager
-def shadowed(children: list[nn.Module], on_call: OnCall) -> Iterator[None]:
-    """Send this thread's outermost calls of ``children`` through ``on_call``."""
+def shadowed(
+    children: list[nn.Module],
+    on_call: OnCall,
+    strays: list[nn.Module] = _NONE,
+    note: Callable[[nn.Module], object] = id,
+) -> Iterator[None]:
+    """Send this thread's outermost calls of ``children`` through ``on_call``; tell ``note`` of outermost calls of ``strays``."""
     shadows: list[_Shadow] = []
     depth = len(_WATCH.stack)
     try:
         with _LOCK:
-            for child in children:
+            for child in [*children, *strays]:
                 shadow = _shadow_of(child)
                 shadow.use()
                 shadows.append(shadow)
-        _WATCH.stack.append((frozenset(map(id, children)), on_call))
+        _WATCH.stack.append(_Watching(children, on_call, strays, note))
         yield
     finally:
         del _WATCH.stack[depth:]

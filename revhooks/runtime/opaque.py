@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InversionError, ReplayError, RevhooksError, explain
+from ..errors import InversionError, ReplayError, explain
 from ..registry import Registration
-from ..state import untouched
-from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
+from ..storage import Held, is_near, is_opaque, restride, storage_key, version_of
 from .arguments import Arguments
 from .branch import CallState
-from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Head, ModuleFrame
-from .guard import Sample, relative_error
-from .interpose import branches_of, shadowed, without_forward_hooks
+from .calls import Call, Constant, Input, as_leaves, copied, detached, not_a_leaf
+from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, ModuleFrame
+from .guard import Sample
+from .interpose import branches_of, deeper, shadowed
 from .local import saving_to
 from .objects import Objects
-from .plan import Facts, Inversion, facts_of
+from .plan import Facts, Inversion
+from .replay import FunctionModule
 from .slots import Slots
 from .tree import leaves_of, map_leaves, map_tensors, tensors_of
+from .trial import Trial
 from .value import Value, fetch, freed, modified
+from .ways import Place, in_order, leading, places_of, returned, split
 
 if TYPE_CHECKING:
     from .run import Run
@@ -32,54 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["OpaqueFrame"]
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
-
-
-class _Call:
-    """One call of a child in forward."""
-
-    __slots__ = ("args", "child", "fills", "grads", "output", "sample", "shapes", "slots", "state", "strides")
-
-    def __init__(self, frame: OpaqueFrame, child: nn.Module, arguments: Any) -> None:
-        tensors = tensors_of(arguments)
-        self.child = child
-        self.slots = Slots(frame, 0)
-        self.state = CallState(frame, (child,), facts_of(child), local=True)
-        self.shapes = [t.shape for t in tensors]
-        self.strides = [t.stride() for t in tensors]
-        self.grads = [t.requires_grad for t in tensors]
-        self.sample: Sample | None = frame.run.guard.sample(tensors[0]) if tensors else None
-        # a pre-hook (old weight norm, FSDP) runs outside of ``forward``, and an inverse runs it without grad
-        self.fills = not child._forward_pre_hooks and not any(map(is_opaque, tensors))
-        # only while the inverse is tried: what went in and out
-        self.args: list[Tensor] = []
-        self.output: Any = None
-
-
-class _Input:
-    """A tensor argument that the inverse gives back."""
-
-    __slots__ = ("geometry", "grad", "head", "keeps_zeros", "probe", "sample", "value", "version", "zeros")
-
-    def __init__(self, frame: OpaqueFrame, place: int, tensor: Tensor) -> None:
-        self.keeps_zeros = keeps_zeros = frame.entry.keeps_zeros_in(place)
-        self.geometry = Geometry.of(tensor)
-        self.grad = tensor.requires_grad
-        self.probe = version_probe(tensor)
-        self.version = version_of(tensor)
-        value = frame.link(tensor, place, keeps_zeros=keeps_zeros)
-        self.head = Head(frame.run, tensor) if value is None else None
-        self.zeros = self.head is not None and not keeps_zeros and frame.has_zeros(tensor, place)
-        self.sample = frame.run.guard.sample(tensor) if value is not None else None
-        self.value = weakref.ref(value) if value is not None else None
-
-
-class _Constant:
-    """A part of the output that is no tensor."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+_SMALL = 16  # an input of so small a part of what the block saves may be kept
+_WORTH = 160  # and of so small a part for each evaluation that this spares
 
 
 class OpaqueFrame(ModuleFrame):
@@ -89,36 +46,38 @@ class OpaqueFrame(ModuleFrame):
         super().__init__(run, module, facts)
         self.entry = entry
         self.glue = Slots(self, 0)
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.outputs: list[Value] = []
-        self.given: list[_Input] = []
+        self.given: list[Input] = []
         self.held: Arguments | None = None
         self.replayed = False
         self.inversion = Inversion(0, ())
-        self._children = branches_of(module)
+        known = self.facts.branches(entry.method) if entry.branches is None else None
+        self.children = branches_of(module, entry.branches) if known is None else known
+        self._looks_deeper = known is None and entry.branches is None and not isinstance(module, FunctionModule)
+        self._inverse_strays: list[nn.Module] = []  # modules below its branches that its inverse calls past them
         self._inverted = False  # its outputs are used up
+        self._places: tuple[Place, ...] = ()  # of its arguments
+        self._inputs: list[Any] = []  # the arguments that the inverse gives back, without their tensors
         self._shape: Any = None  # of the output: Values' places and constants
-        self._output_sample: Sample | None = None
+        self._samples: list[Sample | None] = []  # of the outputs
 
     # -- forward
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block, each child's call into its own slots, and try the inverse the first time."""
+        """Run the block, each branch's call into its own slots, and try the inverse the first time."""
         tensors = tensors_of((args, kwargs))
         objects = Objects.among((*args, *kwargs.values()))
         self.begin(tensors[0].device if tensors else torch.device("cpu"))
         self._original = original
+        self._places = places_of(original, args, kwargs)
         versions = [version_of(t) for t in tensors]
         self.input_keys.update(storage_key(t) for t in tensors)
-        self.key = _key_of(self.module, args, kwargs)
+        self.key = (self.entry.method, *_key_of(self.module, args, kwargs))
         known = self.facts.inversion(self.key)
         self.state = CallState(self, (self.module,), self.facts)
-
-        def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            return self._forward_branch(child, proceed, a, k, recording=known is None)
-
-        with saving_to(self.glue, self, self.facts), shadowed(self._children, branch), self.state.watched():
-            output = original(self.module, *args, **kwargs)
+        strays: list[nn.Module] = []
+        output = self._run(args, kwargs, strays, recording=known is None)
         self.state.finish(self.moved)
         self.end([self.state, *(call.state for call in self.calls)])
         for state in (self.state, *(call.state for call in self.calls)):
@@ -129,7 +88,24 @@ class OpaqueFrame(ModuleFrame):
             self.keep("it changes its input in place")
         if objects is not None and objects.changed():
             self.keep(CHANGES_OBJECT)
-        self._close(output, args, kwargs, known)
+        self._close(output, args, kwargs, known, strays)
+        for call in self.calls:
+            call.forget()
+        return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], strays: list[nn.Module], *, recording: bool) -> Any:
+        def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+            return self._forward_branch(child, proceed, a, k, recording=recording)
+
+        below = deeper(self.children) if recording and self._looks_deeper else []
+        self.open = True
+        with (
+            saving_to(self.glue, self, self.facts),
+            shadowed(self.children, branch, below, strays.append),
+            self.state.watched(),
+        ):
+            output = self._original(self.module, *args, **kwargs)
+        self.open = False
         return output
 
     def _forward_branch(
@@ -141,7 +117,7 @@ class OpaqueFrame(ModuleFrame):
         *,
         recording: bool,
     ) -> Any:
-        call = _Call(self, child, (args, kwargs))
+        call = Call(self, child, (args, kwargs))
         self.calls.append(call)
         inputs = self.input_keys
         self.input_keys = inputs | {storage_key(t) for t in tensors_of((args, kwargs))}
@@ -151,42 +127,55 @@ class OpaqueFrame(ModuleFrame):
         finally:
             self.input_keys = inputs
         call.state.finish(self.moved)
-        if recording:  # copies: the block, or its inverse, may write into them
-            call.args = [t.detach().clone() for t in tensors_of((args, kwargs))]
-            call.output = map_tensors(_copy, output)
+        if recording:
+            call.record((args, kwargs), output)
         return output
 
-    def _close(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: Inversion | None) -> None:
-        tensors = tensors_of(output)
+    def _close(
+        self,
+        output: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: Inversion | None,
+        strays: list[nn.Module],
+    ) -> None:
+        tensors, arguments = tensors_of(output), tensors_of((args, kwargs))
         if not any(tensor.requires_grad for tensor in tensors):
             return
-        if any(is_opaque(t) or storage_key(t) in self.input_keys for t in tensors):
+        if any(is_opaque(t) or self._shares_memory(t, arguments) for t in tensors):
             self.keep("its output shares memory with its input")
         if known is None and not self.why_kept:
-            known = self._learn(output, args, kwargs)
-        for call in self.calls:
-            call.args, call.output = [], None
+            known = self._learn(output, args, kwargs, strays)
         if self.why_kept or known is None:
             return
         self.inversion = known
-        self.replayed = bool(known.problem) or self.key in self.facts.kept
-        given = 0 if self.replayed else known.inputs
-        self.held = Arguments(self.run, args[given:], kwargs)
-        self.given = [_Input(self, place, tensor) for place, tensor in enumerate(args[:given])]
-        if self.replayed or any(one.head is not None for one in self.given):
-            self._output_sample = self.run.guard.sample(tensors[0])
+        self.replayed = bool(known.problem) or known.replay or self.key in self.facts.kept
+        given = self._places[: 0 if self.replayed else known.inputs]
+        self.held = Arguments(self.run, *split(given, args, kwargs))
+        trees = in_order(given, args, kwargs)
+        self.given = [Input(self, place, tensor) for place, tensor in enumerate(tensors_of(trees))]
+        if all(one.head is not None for one in self.given):
+            self._samples = [self.run.guard.sample(tensor) for tensor in tensors]
         if not self.replayed:
+            self._inputs = map_leaves(lambda _: None, trees)
             self.outputs = [Value(self.run, tensor, ANCHOR, self.label) for tensor in tensors]
-            self._shape = map_leaves(lambda leaf: None if isinstance(leaf, Tensor) else _Constant(leaf), output)
+            self._shape = map_leaves(lambda leaf: None if isinstance(leaf, Tensor) else Constant(leaf), output)
 
-    def _learn(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inversion | None:
+    def _shares_memory(self, output: Tensor, arguments: list[Tensor]) -> bool:
+        """Whether an output lies in an argument's memory, and is not just passed on."""
+        return storage_key(output) in self.input_keys and not any(output is argument for argument in arguments)
+
+    def _learn(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any], strays: list[nn.Module]) -> Inversion | None:
         """Try the inverse; what overflowed shows nothing."""
+        if self._is_cheaply_replayed(args, kwargs):
+            self.facts.learn_inversion(self.key, Inversion(0, (), replay=True))
+            return self.facts.inversion(self.key)
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
             self.keep("its output is not finite")
             return None
-        with torch.no_grad(), untouched(self.module), without_forward_hooks(self._children):
-            known = self._try_inverse(output, args, kwargs)
-        self.facts.learn_inversion(self.key, known)
+        trial = Trial(self, strays)
+        known = trial.run(self.entry, output, args, kwargs, self._places)
+        known = known._replace(differentiated=frozenset(i for i, call in enumerate(self.calls) if call.takes_gradient))
         if known.problem and self.run.guard.mode == "raise":
             raise InversionError(
                 explain(
@@ -196,79 +185,23 @@ class OpaqueFrame(ModuleFrame):
                     remedy="mend the inverse; check(module, *inputs) shows more",
                 )
             )
+        better = trial.better_branches() if self._looks_deeper and not known.problem else []
+        if better:  # from the next call on; this one pays for branches that it has not seen
+            self._inverse_strays = better
+            above = [child for child in self.children if not set(better).intersection(deeper([child]))]
+            self.facts.learn_branches(self.entry.method, [*above, *better])
+            return known
+        self.facts.learn_inversion(self.key, known)
         if known.problem:
             self.facts.keep(self.key, self.label, known.problem)
         return known
 
-    # -- the first try of an inverse (Rule 10)
-
-    def _try_inverse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inversion:
-        """Invert the output at once; branch calls that repeat one of forward get its result for nothing."""
-        outputs = output if isinstance(output, tuple) else (output,)
-        inversion = Inversion(0, (), "no way of calling it fits its signature")
-        for inputs in [len(outputs), 1] if len(outputs) > 1 else [1]:
-            if inputs <= len(args) and all(isinstance(a, Tensor) for a in args[:inputs]):
-                inversion = self._try_inputs(inputs, output, args, kwargs)
-                if not inversion.problem:
-                    break
-        return inversion
-
-    def _try_inputs(self, inputs: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inversion:
-        matches: list[int | None] = []
-
-        def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            tensors = tensors_of((a, k))
-            candidates = [i for i, call in enumerate(self.calls) if self._repeats(call, child, tensors)]
-            match = next((i for i in candidates if i not in matches), candidates[-1] if candidates else None)
-            if match in matches:  # an iteration: its last call is the closest
-                matches[matches.index(match)] = None
-            matches.append(match)
-            return proceed(*a, **k) if match is None else map_tensors(_copy, self.calls[match].output)
-
-        generators = self.run.rng.capture(self.device)
-        if self.state.rng is not None:
-            self.state.rng.restore()
-        try:
-            with shadowed(self._children, branch):
-                result = self._call_inverse(*map_tensors(_copy, (output, args[inputs:], kwargs)))
-        except RevhooksError as error:
-            return Inversion(inputs, (), str(error))
-        except Exception as error:
-            return Inversion(inputs, (), f"{type(error).__name__}: {error}")
-        finally:
-            generators.restore()
-        return Inversion(inputs, tuple(matches), self._judge(result, args[:inputs]))
-
-    def _repeats(self, call: _Call, child: nn.Module, tensors: list[Tensor]) -> bool:
-        if call.child is not child or call.shapes != [t.shape for t in tensors]:
-            return False
-        return all(
-            a.dtype == b.dtype and relative_error(a, b) <= self.bounds(b)[0] for a, b in zip(tensors, call.args, strict=True)
-        )
-
-    def _call_inverse(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        inverse = self.entry.resolve(self.module)
-        if isinstance(self.entry.inverse, str) and isinstance(output, tuple):
-            result = inverse(*output, *args, **kwargs)
-        else:
-            result = inverse(output, *args, **kwargs)
-        return result if isinstance(result, tuple) else (result,)
-
-    def _judge(self, result: tuple[Any, ...], wanted: tuple[Any, ...]) -> str:
-        """What is wrong with what an inverse returned, or ``""``."""
-        if len(result) != len(wanted):
-            return f"{len(result)} values from its inverse where {len(wanted)} are expected"
-        for i, (got, expected) in enumerate(zip(result, wanted, strict=True)):
-            if not isinstance(got, Tensor):
-                return f"{type(got).__name__} for input {i} from its inverse, where a tensor is expected"
-            if got.shape != expected.shape:
-                return f"shape {tuple(got.shape)} for input {i} from its inverse, where {tuple(expected.shape)} is expected"
-            if got.dtype != expected.dtype:
-                return f"dtype {got.dtype} for input {i} from its inverse, where {expected.dtype} is expected"
-            error = relative_error(got, expected)
-            if error > self.bounds(expected)[0]:
-                return f"an inverse that is off by {error:.2g} (relative) for input {i}"
-        return ""
+    def _is_cheaply_replayed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether to keep the input takes little memory, and spares a costly inverse (DESIGN section 7)."""
+        cost = self.entry.cost
+        given = sum(tensor.nbytes for tensor in tensors_of(leading(in_order(self._places, args, kwargs))))
+        saved = sum(slots.packed_bytes for slots in self._all_slots())
+        return cost > 0 and given * _SMALL <= saved and given * _WORTH <= saved * cost
 
     # -- between
 
@@ -316,22 +249,14 @@ class OpaqueFrame(ModuleFrame):
         self.state.check(self.label)
         heads = [given.head.tensor for given in self.given if given.head is not None]
         if self.replayed or (len(heads) == len(self.given) and None not in heads):
-            self._replay_from(heads, transient=transient)
-            return
-        if self._inverted:
+            self._check_inputs()
+            self._replay(heads, {}, self._samples, transient=transient)
+            self.run.replays.add(self)
+        elif self._inverted:
             raise freed(self.label)
-        self._deliver(self._invert(fill=True, transient=transient), transient=transient)
-        if not transient:
-            self.outputs = []
-            self._inverted = True
-
-    def _replay_from(self, heads: list[Any], *, transient: bool) -> None:
-        """The inputs are there, exact: run forward again."""
-        self._check_inputs()
-        args, kwargs = self._arguments()
-        fresh = [head.detach().requires_grad_(given.grad) for head, given in zip(heads, self.given, strict=False)]
-        self._replay((*fresh, *args), kwargs, {}, transient=transient)
-        self.run.replays.add(self)
+        else:
+            self._deliver(self._invert(fill=True, transient=transient), transient=transient)
+            self._inverted = not transient
         if not transient:
             self.outputs = []
 
@@ -370,35 +295,59 @@ class OpaqueFrame(ModuleFrame):
         self._check_inputs()
         self.run.inversions.add(self)
         copies = [value.tensor().clone() for value in self.outputs]  # Rule 11
-        written = {storage_key(copy) for copy in copies}
-        places = iter(copies)
-        output = map_leaves(lambda part: part.value if isinstance(part, _Constant) else next(places), self._shape)
-        args, kwargs = self._arguments()
         memo: dict[int, Any] = {}
-        ordinal = iter(self.inversion.matches)
-        refill = any(given.zeros for given in self.given)  # from the held zeros: the inverse calls its branches on 1e-17
-
-        def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            index = next(ordinal, None)
-            call = self.calls[index] if index is not None and index < len(self.calls) else None
-            if index is None or call is None or not fill or refill or not self._same_call(call, child, (a, k)):
-                self.run.second_evaluations += fill
-                state = call.state if call is not None and call.child is child else self.state
-                return state.repeat(lambda: proceed(*a, **k), grad=False)
-            a, k = _as_leaves((a, k), call.strides, call.grads, written)
-            memo[index] = self._filled(call, lambda: proceed(*a, **k), transient=transient)
-            return map_tensors(_copy, memo[index])
-
-        with shadowed(self._children, branch):
-            result = self.state.repeat(lambda: self._call_inverse(output, args, kwargs), grad=False, reach=(args, kwargs))
-        inputs = self._accept(result)
+        inputs = self._accept(self._run_inverse(copies, memo if fill else None, transient=transient))
+        for index in [index for index in memo if not self.calls[index].slots.intact()]:  # the inverse has written to its input
+            del memo[index]
+            self.run.second_evaluations += 1
         missing = [i for i, call in enumerate(self.calls) if call.slots.live and i not in memo]
         if fill and (missing or self.glue.live):
-            fresh = [held.tensor.detach().requires_grad_(given.grad) for held, given in zip(inputs, self.given, strict=True)]
-            self._replay((*fresh, *args), kwargs, memo, transient=transient)
+            samples = [self.run.guard.sample(value.tensor()) for value in self.outputs]
+            self._replay([held.tensor for held in inputs], memo, samples, transient=transient)
         return inputs
 
-    def _same_call(self, call: _Call, child: nn.Module, arguments: Any) -> bool:
+    def _run_inverse(self, copies: list[Tensor], memo: dict[int, Any] | None, *, transient: bool) -> Any:
+        """Run the inverse; branches that it calls as forward did fill their slots, and their results go to ``memo``."""
+        args, kwargs = split(self._places[len(self._inputs) : self.inversion.way.held], *self._arguments())
+        places = iter(copies)
+        output = map_leaves(lambda part: part.value if isinstance(part, Constant) else next(places), self._shape)
+        outputs = {storage_key(copy) for copy in copies}
+        ordinals = itertools.count()
+
+        def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
+            ordinal = next(ordinals)
+            index, call = self._match(ordinal)
+            if memo is None or call is None or not self._fills(index, call, child, (a, k)):
+                self.run.second_evaluations += 1
+                state = call.state if call is not None and call.child is child else self.state
+                return state.repeat(lambda: proceed(*a, **k), grad=torch.is_grad_enabled())
+            written = ordinal in self.inversion.written
+            a, k = as_leaves((a, k), call.strides, call.grads, lambda t: written or storage_key(t) in outputs)
+            memo[index] = map_tensors(detached, self._filled(call, lambda: proceed(*a, **k), transient=transient))
+            return map_tensors(copied, memo[index])
+
+        def note(_: nn.Module) -> None:
+            self.run.second_evaluations += 1
+
+        with shadowed(self.children, branch, self._inverse_strays, note):
+            way, inverse = self.inversion.way, self.entry.resolve(self.module)
+            return self.state.repeat(lambda: way.call(inverse, output, args, kwargs), grad=False, reach=(args, kwargs))
+
+    def _match(self, ordinal: int) -> tuple[int, Call | None]:
+        """The call of forward that a branch call of the inverse repeats, as the first try has shown."""
+        matches = self.inversion.matches
+        index = matches[ordinal] if ordinal < len(matches) else None
+        return (-1, None) if index is None or index >= len(self.calls) else (index, self.calls[index])
+
+    def _fills(self, index: int, call: Call, child: nn.Module, arguments: Any) -> bool:
+        """Whether a branch call of the inverse fills the slots of one of forward."""
+        if index in self.inversion.differentiated or call.takes_gradient or torch.is_grad_enabled():
+            return False  # forward, or the inverse, takes a gradient through it: its result alone will not do
+        if any(given.zeros for given in self.given):  # the inverse calls its branches on 1e-17 where zeros are held
+            return False
+        return self._same_call(call, child, arguments)
+
+    def _same_call(self, call: Call, child: nn.Module, arguments: Any) -> bool:
         """Whether the inverse calls a branch on what forward called it on."""
         tensors = tensors_of(arguments)
         if call.child is not child or not call.fills or [t.shape for t in tensors] != call.shapes:
@@ -412,15 +361,16 @@ class OpaqueFrame(ModuleFrame):
         return True
 
     @staticmethod
-    def _filled(call: _Call, run: Callable[[], Any], *, transient: bool) -> Any:
+    def _filled(call: Call, run: Callable[[], Any], *, transient: bool) -> Any:
         return call.state.repeat(lambda: call.slots.fill(run, transient=transient), grad=call.state.grad)
 
-    def _accept(self, result: tuple[Any, ...]) -> list[Held]:
+    def _accept(self, result: Any) -> list[Held]:
         """Check what the inverse returned, and put it into the strides of the original."""
-        if len(result) != len(self.given):
-            raise self._ill_formed(f"{len(self.given)} inputs", f"{len(result)}")
+        found = returned(result, self._inputs)
+        if len(found) < len(self.given):
+            raise self._ill_formed(f"{len(self.given)} inputs", f"{len(found)}")
         inputs = []
-        for got, given in zip(result, self.given, strict=True):
+        for got, given in zip(found, self.given, strict=False):
             size, stride, _ = given.geometry
             if not isinstance(got, Tensor) or got.shape != size:
                 raise self._ill_formed(f"an input of shape {tuple(size)}", str(tuple(getattr(got, "shape", ()))))
@@ -443,34 +393,41 @@ class OpaqueFrame(ModuleFrame):
     def _ill_formed(self, expected: str, got: str) -> InversionError:
         return InversionError(explain(self.label, expected=f"{expected} from its inverse", got=got, remedy="mend the inverse"))
 
-    def _replay(self, args: Any, kwargs: Any, memo: dict[int, Any], *, transient: bool) -> None:
+    def _replay(self, inputs: list[Any], memo: dict[int, Any], samples: list[Sample | None], *, transient: bool) -> None:
         """Run forward again; branches in ``memo`` are short-circuited, everything else fills its slots."""
-        ordinal = iter(range(len(self.calls)))
+        args, kwargs = self._arguments()
+        fresh = (tensor.detach().requires_grad_(given.grad) for tensor, given in zip(inputs, self.given, strict=False))
+        trees = map_leaves(lambda _: next(fresh), self._inputs)
+        named = [place for place in self._places[: len(trees)] if isinstance(place, str)]
+        args = (*trees[: len(trees) - len(named)], *args)
+        kwargs = {**dict(zip(named, trees[len(trees) - len(named) :], strict=True)), **kwargs}
+        ordinal = itertools.count()
 
         def branch(child: nn.Module, proceed: Callable[..., Any], a: tuple[Any, ...], k: dict[str, Any]) -> Any:
-            index = next(ordinal, None)
-            if index is None or self.calls[index].child is not child:
-                raise ReplayError(
-                    explain(
-                        f"replay of {self.label}",
-                        expected="the calls of its children that forward made",
-                        got="other calls",
-                        remedy="make the block repeatable, or exclude it with keep=",
-                    )
-                )
+            index = next(ordinal)
+            if index >= len(self.calls) or self.calls[index].child is not child:
+                raise self._not_repeated("the calls of its children that forward made", "other calls")
             call = self.calls[index]
-            if index not in memo:
-                return self._filled(call, lambda: proceed(*a, **k), transient=transient)
+            if index in memo:
+                output = map_tensors(not_a_leaf, memo[index])
+            else:
+                output = self._filled(call, lambda: proceed(*a, **k), transient=transient)
             if call.state.rng_after is not None:
                 call.state.rng_after.restore()
-            return map_tensors(_not_a_leaf, memo[index])
+            return output
 
         def forward() -> Any:
             return self._original(self.module, *args, **kwargs)
 
-        with shadowed(self._children, branch):
+        with shadowed(self.children, branch):
             output = self.state.repeat(lambda: self.glue.fill(forward, transient=transient), grad=True, reach=(args, kwargs))
-        self.verify_replay(self._output_sample, tensors_of(output)[0], lambda: self.label)
+        if len(tensors_of(output)) != len(samples):
+            raise self._not_repeated(f"{len(samples)} outputs", str(len(tensors_of(output))))
+        self.verify_outputs(samples, tensors_of(output), lambda: self.label)
+
+    def _not_repeated(self, expected: str, got: str) -> ReplayError:
+        remedy = "make the block repeatable, or exclude it with keep="
+        return ReplayError(explain(f"replay of {self.label}", expected=expected, got=got, remedy=remedy))
 
     def _check_inputs(self) -> None:
         for given in self.given:
@@ -478,7 +435,7 @@ class OpaqueFrame(ModuleFrame):
                 raise modified(f"an input of {self.label}", given.geometry.size, given.version, given.probe._version)
 
 
-def _key_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+def _key_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
     """What an inverse may depend on: shapes, dtypes, plain arguments, the mode."""
     looks = tuple(
         (leaf.shape, leaf.dtype, leaf.device.type)
@@ -490,27 +447,3 @@ def _key_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     )
     looks = tuple("nan" if isinstance(leaf, float) and math.isnan(leaf) else leaf for leaf in looks)
     return looks, len(args), tuple(kwargs), module.training
-
-
-def _not_a_leaf(tensor: Tensor) -> Tensor:
-    """A copy that code may write into, with the ``requires_grad`` of the original."""
-    return tensor.detach().requires_grad_(tensor.requires_grad).clone()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def _as_leaves(tree: Any, strides: list[tuple[int, ...]], grads: list[bool], written: set[int]) -> Any:
-    """The tensors as leaves, in the strides and with the ``requires_grad`` that they had in forward.
-
-    An inverse may write later into what lies in ``written``: that is copied.
-    """
-    looks = iter(zip(strides, grads, strict=True))
-
-    def leaf(tensor: Tensor) -> Tensor:
-        stride, grad = next(looks)
-        fresh = restride(tensor.clone() if storage_key(tensor) in written else tensor, stride)
-        return fresh.detach().requires_grad_(grad)
-
-    return map_tensors(leaf, tree)

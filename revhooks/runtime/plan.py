@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
+from .ways import Way
 
 __all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "has_custom_function", "predicate"]
 
@@ -35,11 +36,19 @@ class Inversion(NamedTuple):
         inputs: how many leading arguments the inverse returns.
         matches: for each branch call of the inverse, the branch of forward that it repeats.
         problem: why it cannot be used, or ``""``.
+        way: how the inverse is called.
+        written: of which of its branch calls the inverse writes to the input later.
+        differentiated: through which branch calls forward takes a gradient.
+        replay: it was not tried, as a replay is cheaper.
     """
 
     inputs: int
     matches: tuple[int | None, ...]
     problem: str = ""
+    way: Way = Way()
+    written: frozenset[int] = frozenset()
+    differentiated: frozenset[int] = frozenset()
+    replay: bool = False
 
 
 class Draws(NamedTuple):
@@ -106,6 +115,7 @@ class Facts:
     """
 
     __slots__ = (
+        "_branches",
         "_draws",
         "_goes",
         "_inversions",
@@ -128,6 +138,7 @@ class Facts:
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
         self._zeros: dict[object, Finding] = {}  # exact zeros in what comes in at a place
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
+        self._branches: dict[str, list[weakref.ref[nn.Module]]] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.leaves = Finding()  # whether what is run again writes to tensors of the user's
         self.looks: list[object] = []  # of what the latest call saved
@@ -178,6 +189,16 @@ class Facts:
         if len(self._inversions) >= 64:  # of shapes that keep changing only the latest matter
             self._inversions.clear()
         self._inversions[key] = inversion
+
+    def branches(self, method: str) -> list[nn.Module] | None:
+        """The modules that calls of a method and of its inverse have shown to be the block's branches."""
+        found = [reference() for reference in self._branches.get(method, ())]
+        return [module for module in found if module is not None] if found and None not in found else None
+
+    def learn_branches(self, method: str, branches: Iterable[nn.Module]) -> None:
+        """Remember them; what was learned of the calls of others is void."""
+        self._branches[method] = [weakref.ref(module) for module in branches]
+        self._inversions.clear()
 
     def keep(
         self, key: object, label: str, reason: str, *, warn: bool = True, expected: str = "an inverse within tolerance"

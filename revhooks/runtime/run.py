@@ -36,6 +36,7 @@ from .plan import Facts, Fallback, Predicate
 from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
+from .transforms import make_room
 from .tree import tensors_of
 from .value import Value, Values
 
@@ -58,6 +59,7 @@ class Run(Packer):
         budget: float = 0.0,
         offload: bool = False,
     ) -> None:
+        make_room()
         self.guard = Guard(guard)
         self.ledger = Ledger()
         self.budget = Budget(self.ledger, budget)

@@ -49,6 +49,7 @@ class Slots:
         "_looks",
         "_packed",
         "_versions",
+        "asked",
         "live",
         "position",
         "statistics",
@@ -65,6 +66,7 @@ class Slots:
         self._looks: list[_Expected] = []
         self._keys: list[int] = []  # of the storages that the ledger counts; 0 for none
         self._packed = 0  # bytes that plain autograd would hold
+        self.asked = False  # whether forward itself has read one of them: it took a gradient
         self.live = 0  # handles of slots that are not passed
         self.position = position
         self.statistics: Statistics | None = None  # which a replay need not compute
@@ -150,6 +152,11 @@ class Slots:
         if not self.live:
             self._ledger.packed -= self._packed
             self._packed = 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """What plain autograd would hold for them, and for no slots of the frame before."""
+        return self._packed
 
     def there(self) -> list[tuple[int, Tensor]]:
         """What is held itself, of what a replay can bring back, with its place."""
@@ -290,7 +297,9 @@ class Slots:
         if is_input:  # whose version differs at replay
             self._versions[index] = version
         elif version != self._versions[index] and self._alive[index]:
-            raise self._modified(index, tensor)
+            if tensor.untyped_storage()._cdata == self._keys[index]:
+                raise self._modified(index, tensor)
+            self._versions[index] = version  # a replay has made it, and another layout of its input may take one more step
         return True
 
     def _check_passed(self, tensor: Tensor, key: int, index: int) -> None:

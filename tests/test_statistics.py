@@ -19,6 +19,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import ReplayError
 from revhooks.runtime import statistics
+from tests.devices import DEVICE
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "batch norm": lambda: nn.BatchNorm2d(4),
@@ -568,7 +569,7 @@ def test_autocast() -> None:
     x = torch.randn(2, 4, 9, 9)
 
     def use(net: nn.Module, x: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             value = net(x).float().square().mean()
         value.backward()
 

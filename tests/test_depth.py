@@ -41,6 +41,7 @@ def test_held_after_forward_does_not_depend_on_depth() -> None:
     assert held[64] <= 1.02 * held[8]
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_of_a_deep_net_is_that_of_one_plain_block() -> None:
     """The issue's workload in small: the same ratios of tensors to each other."""
     x = torch.randn(8, 12, 24, 24)
@@ -48,6 +49,7 @@ def test_peak_of_a_deep_net_is_that_of_one_plain_block() -> None:
     assert activation_peak(conv_chain(64), x, reverse=True) <= 1.1 * one_block
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_of_a_two_stream_chain() -> None:
     x = torch.randn(8, 12, 24, 24)
     one_block = activation_peak(conv_chain(1), x, reverse=False)
@@ -137,6 +139,7 @@ def test_mixed_net() -> None:
     assert rev.stats.frames == 9
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_under_a_head_is_that_of_one_plain_block() -> None:
     """With a head that saves little the peak is inside the last block's forward, where every tensor counts."""
     x = torch.randn(8, 12, 24, 24)

@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+# The suite in two processes, of one thread of torch each
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# The device of `make test-gpu`: cuda, or other, which needs a compiler only (tests/other)
+DEVICE ?= cuda
+
+.PHONY: demo test test-all test-gpu test-far lint bench clean
 
 # torch first and pinned, so that nothing drags in another build
 .venv/.installed: pyproject.toml constraints.txt Makefile
@@ -21,10 +26,17 @@ demo: .venv/.installed
 	$(BIN)/revhooks demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(TESTS) -m 'not slow and not gpu'
 
 test-all: .venv/.installed
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(TESTS) -m 'not gpu'
+
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest --device $(DEVICE) -m 'not slow' tests
+
+# Without a GPU: every device is taken for far, and backward runs in another thread
+test-far: .venv/.installed
+	$(TESTS) --far --threads -m 'not slow and not gpu' tests
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ class PythonNoise(nn.Module):
 
 class NumpyNoise(PythonNoise):
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * torch.from_numpy(np.random.uniform(0.5, 1.5, x.shape))
+        return self.net(x) * torch.as_tensor(np.random.uniform(0.5, 1.5, x.shape), device=x.device)
 
 
 class Unused(PythonNoise):
@@ -73,7 +73,7 @@ class Masked(PythonNoise):
 class OwnGenerator(PythonNoise):
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import semantics_branches as branches
 import torch
-from semantics_trial import Case, Result, Trial, difference, survivors
+from semantics_trial import Case, Result, Trial, difference, random_states, survivors
 from torch import Tensor, nn
 
 
@@ -178,7 +178,7 @@ def parameter_changed(t: Trial) -> Result:
 
 def generators(t: Trial) -> Result:
     step(t)
-    states = {"torch": torch.get_rng_state().numpy().tobytes(), "python": random.getstate(), "numpy": np.random.get_state()}
+    states = {"torch": [state.tolist() for state in random_states()], "python": random.getstate(), "numpy": np.random.get_state()}
     return {"generators": {name: hashlib.sha1(repr(state).encode()).hexdigest()[:8] for name, state in states.items()}}
 
 
@@ -195,7 +195,7 @@ def eval_between(t: Trial) -> None:
 
 
 def autocast(t: Trial) -> Result:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(t.data.device.type, torch.bfloat16):
         y = t.net(t.h())
     loss(y.float()).backward()
     return {"output": [y.detach().clone()]}

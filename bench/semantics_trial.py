@@ -92,6 +92,15 @@ class Trial:
         return steps
 
 
+def random_states() -> list[Tensor]:
+    """The states of torch's generators, that of the device on which tensors are made too."""
+    device = torch.get_default_device()
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(getattr(torch, device.type).get_rng_state(device))
+    return states
+
+
 @dataclass(frozen=True)
 class Case:
     """A use of a chain that plain PyTorch allows.

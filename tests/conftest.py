@@ -18,6 +18,12 @@ import revhooks
 from revhooks import storage
 from revhooks.record import Stats
 from revhooks.runtime import plan, run, statistics
+from tests.devices import (  # noqa: F401 - pytest looks for hooks and fixtures here
+    _as_an_accelerator,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +49,7 @@ def large_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_gc() -> Iterator[None]:
     """With the collector off nothing may depend on it."""
     gc.collect()
+    gc.freeze()  # what is there by now, modules above all, takes the next collection a second to look at
     gc.disable()
     yield
     gc.enable()

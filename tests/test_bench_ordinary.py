@@ -16,6 +16,8 @@ from revhooks import reversible
 from revhooks.profile.tracker import Workload
 from revhooks.storage import is_leaf
 
+pytestmark = pytest.mark.cpu(reason="memory that kernels of the CPU take")
+
 SMALL: dict[str, Any] = {"batch": 2, "tokens": 64}
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import revhooks
 from revhooks.errors import InversionError, ModifiedError, ReplayError
 from tests.conftest import Counts, Notes
+from tests.devices import DEVICE
 
 CONTEXTS = pytest.mark.parametrize("inside", [False, True], ids=["alone", "reversible"])
 EARLY = pytest.mark.parametrize("early_stop", [True, False])
@@ -300,7 +301,7 @@ def test_buffers_of_modules_it_reaches() -> None:
 def test_autocast_is_that_of_the_call() -> None:
     f = nn.Linear(4, 4)
     x = torch.randn(2, 4, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = revhooks.checkpoint(lambda x: f(x).sin().exp(), x)
         plain = f(x).sin().exp()
     assert y.dtype is plain.dtype

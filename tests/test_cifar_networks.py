@@ -15,6 +15,8 @@ from revhooks.nn import AdditiveCoupling, ReversibleSequential
 from revhooks.profile.meters import AccountedMeter
 from tests.conftest import assert_same, step
 
+pytestmark = pytest.mark.cpu(reason="memory that kernels of the CPU take")
+
 
 def _load() -> ModuleType:
     path = Path(__file__).parent.parent / "bench" / "cifar_networks.py"

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from revhooks.nn import AdditiveCoupling
 
+pytestmark = pytest.mark.cpu(reason="reports that name a CPU, and processes of their own")
+
 def build():
     torch.manual_seed(0)
     def branch():

@@ -14,13 +14,14 @@ from revhooks.errors import RegistrationError
 from revhooks.registry import ACTIVE
 from revhooks.runtime.local import packer
 from tests.conftest import compare, mlp
+from tests.devices import generator
 
 
 def net(depth: int = 4) -> nn.Module:
     return nn.Sequential(*[rnn.AdditiveCoupling(mlp(4), mlp(4), dim=-1) for _ in range(depth)]).double()
 
 
-X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 8, dtype=torch.float64, generator=generator(0))
 
 
 def plain_grads(model: nn.Module, x: Tensor = X) -> list[Tensor]:

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import revhooks
+from tests.devices import DEVICE, random_states
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the databases call operations in every way, also in deprecated ones
 
 DTYPE = torch.float64
+PARTS = 4  # for several processes
 
 
 def database(module: str, name: str) -> list[Any]:
@@ -80,13 +82,14 @@ def of_operation(op: Callable[..., Any], sample: Any, around: str, context: Any)
         return list(torch.autograd.grad(sum(losses), leaves, allow_unused=True))
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("samples", [1, pytest.param(100, marks=pytest.mark.slow)])
-def test_every_operation_gives_the_same_gradients(samples: int) -> None:
+def test_every_operation_gives_the_same_gradients(samples: int, part: int) -> None:
     compared, wrong = 0, []
-    for op in database("common_methods_invocations", "op_db"):
-        if not op.supports_autograd or DTYPE not in op.dtypes:
+    for op in database("common_methods_invocations", "op_db")[part::PARTS]:
+        if not op.supports_autograd or DTYPE not in op.supported_dtypes(DEVICE.type):
             continue
-        for index, sample in zip(range(samples), op.sample_inputs("cpu", DTYPE, requires_grad=True), strict=False):
+        for index, sample in zip(range(samples), op.sample_inputs(DEVICE.type, DTYPE, requires_grad=True), strict=False):
             for around in AROUND:
                 expected = repeatable(lambda: of_operation(op.op, sample, around, contextlib.nullcontext()))  # noqa: B023
                 if expected is None or "lstsq" in op.name:  # differs from call to call, with the alignment of its workspace
@@ -97,7 +100,7 @@ def test_every_operation_gives_the_same_gradients(samples: int) -> None:
                     if got is None or not same(expected, got):
                         wrong.append((op.full_name, index, around))
     assert not wrong
-    assert compared > 900
+    assert compared > 900 / PARTS
 
 
 CONTEXTS: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[Any]]] = {
@@ -135,23 +138,24 @@ def of_module(module: nn.Module, call: Any, way: str, before: Callable[[Tensor],
             del loss
     if isinstance(run, revhooks.runtime.run.Run):
         assert run.stats.held_bytes == 0, run.stats.kept
-    return [*seen, torch.get_rng_state()]
+    return [*seen, *random_states()]
 
 
 def module_calls(info: Any) -> Iterator[tuple[nn.Module, Any]]:
     """Modules as torch's tests make them, and what they are called with."""
     for training in (True, False):
-        for sample in info.module_inputs_func(info, device="cpu", dtype=DTYPE, requires_grad=True, training=training):
+        for sample in info.module_inputs_func(info, device=DEVICE.type, dtype=DTYPE, requires_grad=True, training=training):
             if sample.forward_input is not None:
                 given = sample.constructor_input
                 torch.manual_seed(0)
                 yield info.module_cls(*given.args, **given.kwargs).to(DTYPE).train(training), sample.forward_input
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("samples", [4, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_module_gives_the_same_gradients_buffers_and_random_numbers(samples: int) -> None:
+def test_every_module_gives_the_same_gradients_buffers_and_random_numbers(samples: int, part: int) -> None:
     compared, wrong = 0, []
-    for info in database("common_modules", "module_db"):
+    for info in database("common_modules", "module_db")[part::PARTS]:
         for index, (module, call) in zip(range(samples), module_calls(info), strict=False):
             before: Callable[[Tensor], Tensor] = F.gelu if index % 2 else lambda x: x * 1
             expected = repeatable(lambda: of_module(module, call, "plain", before))  # noqa: B023
@@ -163,4 +167,4 @@ def test_every_module_gives_the_same_gradients_buffers_and_random_numbers(sample
                 if got is None or not same(expected, got):
                     wrong.append((info.name, index, way))
     assert not wrong
-    assert compared > 500
+    assert compared > 500 / PARTS

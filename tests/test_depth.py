@@ -41,6 +41,7 @@ def test_held_after_forward_does_not_depend_on_depth() -> None:
     assert held[64] <= 1.02 * held[8]
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_of_a_deep_net_is_that_of_one_plain_block() -> None:
     """The issue's workload in small: the same ratios of tensors to each other."""
     x = torch.randn(8, 12, 24, 24)
@@ -48,6 +49,7 @@ def test_peak_of_a_deep_net_is_that_of_one_plain_block() -> None:
     assert activation_peak(conv_chain(64), x, reverse=True) <= 1.1 * one_block
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_of_a_two_stream_chain() -> None:
     x = torch.randn(8, 12, 24, 24)
     one_block = activation_peak(conv_chain(1), x, reverse=False)
@@ -75,9 +77,10 @@ def test_1500_blocks_without_recursion(kind: str, no_gc: None) -> None:
         return layer
 
     if kind == "couplings":
-        model: nn.Module = nn.Sequential(*[rnn.AdditiveCoupling(fn(), fn(), dim=-1) for _ in range(1500)])
+        blocks = [rnn.AdditiveCoupling(fn(), fn(), dim=-1) for _ in range(100)]
+        model: nn.Module = nn.Sequential(*(15 * blocks))  # calls are what goes deep, and known blocks are quick
     else:
-        model = rnn.ReversibleSequential(*[fn() for _ in range(3000)], dim=-1)
+        model = rnn.ReversibleSequential(*[fn() for _ in range(1500)], dim=-1)
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(300)
     try:
@@ -97,7 +100,7 @@ def test_1500_blocks_without_recursion(kind: str, no_gc: None) -> None:
 
 def test_1500_blocks_that_backward_never_reaches(no_gc: None) -> None:
     """A graph that is dropped unused goes without recursion too."""
-    model = nn.Sequential(*[rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(1500)])
+    model = nn.Sequential(*(15 * [rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(100)]))
     with revhooks.reversible() as run:
         y = model(torch.randn(2, 4))
         del y
@@ -105,12 +108,12 @@ def test_1500_blocks_that_backward_never_reaches(no_gc: None) -> None:
 
 
 def test_reading_the_oldest_block_first_does_not_recurse() -> None:
-    blocks = [rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(1200)]
+    blocks = [rnn.AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2), dim=-1) for _ in range(100)]
     with torch.no_grad():
         for block in blocks:
             for p in block.parameters():
                 p.mul_(0.02)
-    model = nn.Sequential(*blocks).double()
+    model = nn.Sequential(*(12 * blocks)).double()
     x = torch.randn(2, 4, dtype=torch.float64)
     with revhooks.reversible():
         h = model[1](model[0](x))
@@ -136,6 +139,7 @@ def test_mixed_net() -> None:
     assert rev.stats.frames == 9
 
 
+@pytest.mark.cpu(reason="what its kernels take")
 def test_peak_under_a_head_is_that_of_one_plain_block() -> None:
     """With a head that saves little the peak is inside the last block's forward, where every tensor counts."""
     x = torch.randn(8, 12, 24, 24)

@@ -468,6 +468,7 @@ class Synced(nn.BatchNorm1d):
         return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
 
 
+@pytest.mark.cpu(reason="gloo")
 def test_data_parallel(tmp_path: Any) -> None:
     """memcnn and reformer-pytorch raise "marked ready twice"."""
     context = mp.get_context("spawn")
@@ -492,6 +493,7 @@ class Rows:
         return torch.full((8,), float(i)) / 24
 
 
+@pytest.mark.cpu(reason="workers make batches there")
 def test_workers_of_a_data_loader() -> None:
     net = KINDS["own"](small, 3)
     with revhooks.reversible() as run:
@@ -507,6 +509,7 @@ def resident() -> Any:
     return lambda: process.memory_info().rss
 
 
+@pytest.mark.cpu(reason="resident memory")
 def test_a_thousand_steps_hold_memory_flat(resident: Any, no_gc: None) -> None:
     """revlib's hook modes and DataParallel users of memcnn see it grow."""
     net = KINDS["own"](lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.1)), 3)

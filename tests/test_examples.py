@@ -19,6 +19,8 @@ HELD = re.compile(r"held for backward[^\d\n]*([\d.]+) (\w+) +([\d.]+) (\w+)")
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
+pytestmark = pytest.mark.cpu(reason="examples choose where they run")
+
 
 @pytest.fixture(autouse=True)
 def _paths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu(reason="what is imported")
+
 PACKAGE = Path(__file__).parent.parent / "revhooks"
 FLOORS = {
     "errors": 0, "record": 0,

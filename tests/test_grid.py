@@ -13,6 +13,7 @@ from revhooks import nn as rnn
 from revhooks.errors import GridError, ShapeError
 from revhooks.functional import grid_law, grid_limit, round_to_grid
 from tests.conftest import Count, calls
+from tests.devices import DEVICE
 
 
 class InBfloat16(nn.Module):
@@ -23,7 +24,7 @@ class InBfloat16(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return self.net(x)
 
 

@@ -18,6 +18,7 @@ from revhooks.errors import InversionError, RegistrationError, ShapeError
 from revhooks.functional import Law, sum_per_sample
 from revhooks.registry import registered
 from tests.conftest import Count, Outcome, assert_same, calls, compare, mlp, step
+from tests.devices import DEVICE, generator
 
 D = torch.float64
 
@@ -376,7 +377,7 @@ def test_singular_matrix() -> None:
 @pytest.mark.parametrize("case", ["linear lu", "conv1x1 images dense", "orthogonal 2-D", "haar 2-D", "actnorm images"])
 def test_mixing_keeps_the_streams_precision_under_autocast(case: str) -> None:
     layer, x = example(CASES[IDS.index(case)], torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = layer(x)
         back = layer.inverse(y)
     assert torch.equal(y, layer(x))
@@ -388,7 +389,7 @@ def test_permute() -> None:
     assert torch.equal(rnn.Permute.reverse(5)(x), x.flip(1))
     order = torch.tensor([3, 0, 1, 4, 2])
     assert torch.equal(rnn.Permute(order)(x), x[:, order])
-    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    generators = [generator(3) for _ in range(2)]
     a, b = (rnn.Permute.random(20, generator=generator) for generator in generators)
     assert torch.equal(a.permutation, b.permutation)
 
@@ -671,7 +672,7 @@ def test_a_glow_under_autocast() -> None:
             self.flow = glow(6).float()
 
         def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
                 z = self.flow(x)
             assert z.dtype is torch.float32
             return z

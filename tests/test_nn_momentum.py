@@ -20,6 +20,7 @@ from revhooks.errors import FallbackWarning, InversionError, RegistrationError, 
 from revhooks.nn import ExactMomentumResidual, MomentumResidual, MomentumSequential, MomentumState
 from revhooks.nn.exact import Grid, grow, on_grid, ratio_of, shrink, store_plan
 from tests.conftest import Count, calls, compare, conv_branch, mlp, step
+from tests.devices import DEVICE
 
 
 def rectified(width: int) -> nn.Module:
@@ -344,7 +345,7 @@ def test_gradients_to_the_bit_with_branches_under_autocast() -> None:
             self.chain = MomentumSequential(*[mlp(8) for _ in range(20)], exact=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 return self.chain(x)
 
     compare(Cast(), torch.randn(16, 8, requires_grad=True), tol=0.0, guard="raise")

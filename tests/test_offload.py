@@ -18,6 +18,7 @@ from revhooks import nn as rnn
 from revhooks.errors import ModifiedError
 from revhooks.runtime import offload
 from tests.conftest import conv_branch, mlp
+from tests.devices import DEVICE
 
 
 class Elsewhere:
@@ -37,7 +38,7 @@ class Elsewhere:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
-    monkeypatch.setitem(offload.MOVERS, "cpu", Elsewhere)
+    monkeypatch.setitem(offload.MOVERS, DEVICE.type, Elsewhere)
     monkeypatch.setattr(offload, "LEAST", 0)
     Elsewhere.log.clear()
     yield Elsewhere.log
@@ -96,6 +97,7 @@ def test_gradients_are_those_without(name: str, elsewhere: list[tuple[str, int]]
         assert torch.equal(a, b) if x.dtype is torch.float32 else torch.allclose(a, b, rtol=1e-10)
 
 
+@pytest.mark.cpu(reason="it has no other memory to move to")
 def test_nothing_is_moved_on_a_cpu() -> None:
     net, x = nn.Sequential(nn.Linear(64, 64), nn.Sigmoid(), nn.Linear(64, 64)), torch.randn(2048, 64)
     with revhooks.reversible(offload=True) as run:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import revhooks
 from revhooks.errors import ModifiedError, ReplayError
-from revhooks.runtime import recipe
+from revhooks.runtime import codes, recipe
 from revhooks.runtime.recipe import TRUSTED
+from tests.devices import DEVICE, generator
 
 Net = Callable[[Tensor], Tensor]
 
@@ -158,13 +159,16 @@ class Block(nn.Module):
         return x + F.dropout(self.down(h), self.p, self.training)
 
 
+FUSED = DEVICE.type in ("cpu", "cuda")  # attention is one operation, which does not save its weights
+
+
 def test_transformers_spare_a_third() -> None:
-    x = torch.randn(2, 64, 64)
-    compare(nn.Sequential(*[Block() for _ in range(3)]), x, less=0.33)
-    compare(nn.Sequential(*[Block(norm=nn.RMSNorm, gated=True) for _ in range(3)]), x, less=0.35)
-    compare(nn.Sequential(*[Block(dropout=0.1) for _ in range(3)]), x, less=0.33)
+    x, more = torch.randn(2, 64, 64), 0.0 if FUSED else 0.1
+    compare(nn.Sequential(*[Block() for _ in range(3)]), x, less=0.33 - more)
+    compare(nn.Sequential(*[Block(norm=nn.RMSNorm, gated=True) for _ in range(3)]), x, less=0.35 - more)
+    compare(nn.Sequential(*[Block(dropout=0.1) for _ in range(3)]), x, less=0.33 - more)
     layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.1, batch_first=True, activation="gelu", norm_first=True)
-    compare(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x, less=0.2)
+    compare(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), x, less=0.2 - more)
 
 
 class Residual(nn.Module):
@@ -189,9 +193,11 @@ def test_residual_nets_spare_two_fifths(inplace: bool, layout: torch.memory_form
 
 
 @pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.Dropout(0.4)])
-def test_masks_and_indices_take_less(layer: nn.Module) -> None:
+def test_masks_and_indices_take_less(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU saves numbers as a dropout's mask, a device truth values, of which there is less to spare."""
+    monkeypatch.setattr(codes, "WORTH_WAITING", 0)  # on a device small ones are not read
     net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Tanh(), layer)
-    compare(net, torch.randn(4, 3, 32, 32), less=0.15)
+    compare(net, torch.randn(4, 3, 32, 32), less=0.15 if DEVICE.type == "cpu" or isinstance(layer, nn.MaxPool2d) else 0.09)
 
 
 def test_a_mask_that_its_user_holds_is_left_alone() -> None:
@@ -364,6 +370,7 @@ def test_what_takes_many_passes_is_held() -> None:
     assert cheap < 1.5 * x.nbytes < dear
 
 
+@pytest.mark.cpu(reason="both modes of its batch norm end in one kernel")
 def test_batch_norm_again_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its statistics are saved, so that one pass gives its output again, to the bit."""
     original, modes = torch.batch_norm, []
@@ -454,7 +461,7 @@ def test_a_cache_that_is_empty_yet_and_parts_of_a_projection() -> None:
             k, v = (torch.cat([torch.empty(0), t], -2) for t in (k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    compare(Attention(), torch.randn(4, 16, 32), less=0.1)
+    compare(Attention(), torch.randn(4, 16, 32), less=0.1 if FUSED else None)
     compare(Apply(lambda t: torch.cat([torch.ones(64, 32), F.gelu(t)], 0)[32:96]), torch.randn(64, 32))
     compare(Apply(lambda t: torch.stack([part.sin() * part for part in F.silu(t).unbind(1)], 1)), torch.randn(64, 32))
 
@@ -518,7 +525,7 @@ def test_passes() -> None:
         rev = use()
     assert all(torch.allclose(a, b, atol=1e-14, rtol=0) for a, b in zip(plain, rev, strict=True))
     assert run.stats.held_bytes == 0
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         compare(net.float(), torch.randn(512, 8), less=0.15)
 
 
@@ -563,9 +570,9 @@ def test_off() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_ordinary_nets(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    draws = generator(seed)
     names = [name for name in ACTIVATIONS if name not in ("half",)]
-    picks = [names[int(i)] for i in torch.randint(0, len(names), (6,), generator=generator)]
+    picks = [names[int(i)] for i in torch.randint(0, len(names), (6,), generator=draws)]
 
     class Random(nn.Module):
         def __init__(self) -> None:
@@ -579,7 +586,7 @@ def test_random_ordinary_nets(seed: int) -> None:
                 states.append(linear(h) if i % 3 else linear(h) + h * states[i // 2])
             return sum(itertools.starmap(torch.mul, itertools.pairwise(states)), torch.zeros(()))
 
-    compare(Random(), torch.randn(64, 32, generator=generator))
+    compare(Random(), torch.randn(64, 32, generator=draws))
 
 
 def test_every_kept_byte_is_explained() -> None:

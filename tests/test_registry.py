@@ -12,6 +12,7 @@ import revhooks
 from revhooks.errors import FallbackWarning, InversionError, RegistrationError
 from revhooks.registry import lookup
 from tests.conftest import Count, compare, mlp, step
+from tests.devices import generator
 
 
 class Coupling(nn.Module):
@@ -47,7 +48,7 @@ def registered() -> Any:
             revhooks.unregister(cls)
 
 
-X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 8, dtype=torch.float64, generator=generator(0))
 
 
 def chain(make: Any, depth: int = 4) -> nn.Module:

@@ -24,6 +24,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import FallbackWarning, InversionError, ModifiedError, ReplayError
 from tests.conftest import Count, mlp
+from tests.devices import DEVICE, generator, random_states
 
 
 class Foreign(nn.Module):
@@ -76,11 +77,11 @@ KINDS: dict[str, Maker] = {
     "foreign affine": lambda fn, n: nn.Sequential(*[ForeignAffine(fn(), fn()) for _ in range(n)]),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-X = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+X = torch.randn(6, 8, dtype=torch.float64, generator=generator(3))
 
 
 def generators() -> tuple[Any, ...]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state())
+    return [state.tolist() for state in random_states()], random.getstate(), repr(np.random.get_state())
 
 
 def seed_all(seed: int = 5) -> None:
@@ -498,7 +499,7 @@ def test_what_cannot_be_repeated_raises(kind: str, bad: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(4, 4)
-            self.generator = torch.Generator().manual_seed(1)
+            self.generator = generator(1)
             self.count = 0
 
         def forward(self, x: Tensor) -> Tensor:
@@ -679,12 +680,12 @@ def test_autocast(kind: str, inside: bool) -> None:
     net = KINDS[kind](small, 4)
     other = copy.deepcopy(net)
     x = X.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = net(x)
         value = loss(y.float())
     value.backward()
     with revhooks.reversible():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             z = other(x)
             value = loss(z.float())
             if inside:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import revhooks
 from revhooks.errors import ReplayError
 from tests.conftest import Count
+from tests.devices import DEVICE
 
 
 class DropPath(nn.Module):
@@ -82,7 +83,7 @@ def twice(net: nn.Module, x: Tensor) -> None:
 
 
 def autocast(net: nn.Module, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         value = net(x).float().square().mean()
     value.backward()
 
@@ -189,6 +190,7 @@ def test_a_large_tail_is_not_held() -> None:
     del value
 
 
+@pytest.mark.near(reason="dropout on a CPU saves numbers, which must be read to see that they are a mask")
 def test_nothing_but_a_tail() -> None:
     """Then nothing is run again."""
     dropout = Count(nn.Dropout(0.5))

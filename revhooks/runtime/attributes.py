@@ -1,7 +1,7 @@
 """What modules carry from call to call in attributes of their own, besides parameters and buffers.
 
-A membrane potential, the state of a recurrence: a replay needs it as it was before the call. Numbers are left alone, for who
-counts calls wants to see those of replays too; so are lists that only grow, in which many keep a record, until a replay fails.
+A membrane potential, the state of a recurrence, a counter by which a call does this or that: a replay needs it as it was before
+the call. What a replay leaves there in turn is undone by itself (`revhooks.effects`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Attributes:
         """
         objects, facts = self._objects, self._facts
         written = {id(tensor) for tensor, version in self._versions if version_of(tensor) != version}
-        changed = objects.changed(written, records=facts.failed)
+        changed = objects.changed(written)
         if facts.failed:
             changed |= {id(own) for own in self._owns}  # others may change what it has only read
         elif changed:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..ops import Source
 from ..storage import is_opaque
+from .guard import is_measured
 from .handle import SlotHandle, ViewHandle
 from .local import EnoughError, Filling
+from .sketch import some_of
 from .slots import ALONE, DEAD, Slots, kind_of, looks_of
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class LeanSlots(Slots):
     it is, and only what is rebuilt is looked at.
     """
 
-    __slots__ = ("_budget", "_facts", "_plain", "_seen", "_undecided", "values")
+    __slots__ = ("_budget", "_facts", "_plain", "_samples", "_seen", "_undecided", "values")
 
     def __init__(self, frame: Frame, position: int, facts: Facts) -> None:
         super().__init__(frame, position)
@@ -41,6 +43,7 @@ class LeanSlots(Slots):
         self._budget = frame.run.budget
         self._undecided = True  # neither let go of nor read so far
         self._plain = not facts.stays(self._budget.limit)  # holds tensors as they are
+        self._samples: dict[int, Tensor] = {}  # some elements of what is recomputed, for a comparison
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
         self.values: Values = {}
 
@@ -57,8 +60,16 @@ class LeanSlots(Slots):
         else:
             storage = tensor.untyped_storage()
             self._seen.append((looks_of(tensor), storage._cdata, storage.nbytes()))
-        self.tensors.append(frame.run.pack_inside(tensor, self, frame.label))
-        return SlotHandle(frame, self, len(self.tensors) - 1)
+        index = len(self.tensors)
+        self.tensors.append(self._pack(tensor, index, frame))
+        return SlotHandle(frame, self, index)
+
+    def _pack(self, tensor: Tensor, index: int, frame: Frame) -> Source:
+        """Hold it, or what recomputes it."""
+        entry = frame.run.pack_inside(tensor, self, frame.label)
+        if frame.exact and frame.run.guard.mode != "off" and not self._is_there(entry) and is_measured(tensor):
+            self._samples[index] = some_of(tensor.detach()).clone()
+        return entry
 
     def close(self, frame: Frame, facts: Facts) -> None:
         """After the code has run: tell what is passed, and what a replay has to save again."""
@@ -120,10 +131,15 @@ class LeanSlots(Slots):
                 self._packed = 0
 
     def there(self) -> list[tuple[int, Tensor]]:
-        """What is held itself, of what a replay can bring back, with its place."""
+        """What a replay can bring back, with its place: what is held itself, and some elements of what is recomputed."""
         if self._plain:
             return super().there()
-        return [(i, entry.get()) for i, entry in enumerate(self.tensors) if self._alive[i] and self._is_there(entry)]
+        entries = [(i, entry) for i, entry in enumerate(self.tensors) if entry is not None and self._alive[i]]
+        return [
+            (i, entry.get() if self._is_there(entry) else self._samples[i])
+            for i, entry in entries
+            if self._is_there(entry) or i in self._samples
+        ]
 
     @staticmethod
     def _is_there(entry: Any) -> bool:
@@ -198,6 +214,7 @@ class LeanSlots(Slots):
         """Empty the slots; whether to fill them with Values: what is rebuilt is soon used up, and may raise the peak."""
         ledger = self._ledger
         self.release()
+        self._samples.clear()
         self._plain = ledger.held + self._packed <= max(self._budget.limit, ledger.peak_held)
         if not self._plain:
             self._keys = [0] * len(self._keys)
@@ -210,7 +227,7 @@ class LeanSlots(Slots):
         frame = self._frame()
         if frame is None or self._is_dead(index):  # as which it may be written to
             return tensor.detach()
-        return frame.run.pack_inside(tensor, self, frame.label)
+        return self._pack(tensor, index, frame)
 
     def _is_dead(self, index: int) -> bool:
         """Whether nobody can ask for what is saved at a place: no recipe is to start from it."""

@@ -62,22 +62,20 @@ class Objects:
         """The tensors in them."""
         return [part for _, contents in self._nodes.values() for part in _parts(contents) if isinstance(part, Tensor)]
 
-    def changed(self, written: Set[int] = frozenset(), *, records: bool = True) -> set[int]:
+    def changed(self, written: Set[int] = frozenset()) -> set[int]:
         """The ids of those that do not hold what they held.
 
         Args:
             written: ids of tensors that the call has written to; what holds one does not hold what it held.
-            records: count lists that have only grown.
         """
         return {
             key
             for key, (thing, contents) in self._nodes.items()
-            if (written and any(id(part) in written for part in _parts(contents)))
-            or (not _is_same(now := _contents(thing), contents) and (records or not _has_grown(now, contents)))
+            if (written and any(id(part) in written for part in _parts(contents))) or not _is_same(_contents(thing), contents)
         }
 
     def narrow(self, changed: Set[int], written: Set[int]) -> set[int]:
-        """Of modules' attributes leave those that lead to a tensor, and have been changed; what of ``changed`` is left then."""
+        """Of modules' attributes leave those that were changed, and are data or lead to a tensor; what is left of ``changed``."""
 
         def before(thing: Any) -> _Contents | None:
             node = self._nodes.get(id(thing))
@@ -93,8 +91,7 @@ class Objects:
                 name
                 for name in was.keys() | now.keys()
                 if (was.get(name) is not now.get(name) or id(was.get(name)) in moving)
-                and (id(was.get(name)) in moving or not _has_grown(now.get(name), was.get(name)))
-                and (_leads_to_tensor(was.get(name), before) or _leads_to_tensor(now.get(name), _contents))
+                and (_is_data(was.get(name), before) or any(map(_is_tensor, _all_in(now.get(name), _contents))))
             }
             left = {name: value for name, value in was.items() if name in own.names}
             self._nodes[key] = own, left
@@ -197,23 +194,25 @@ def _contents(thing: Any) -> _Contents | None:
     return own.copy()
 
 
-def _has_grown(now: Any, before: Any) -> bool:
-    """Whether both are what a list holds, and nothing but more has come."""
-    if type(now) is not list or type(before) is not list or len(now) <= len(before):
-        return False
-    return all(a is b for a, b in zip(before, now, strict=False))
-
-
-def _leads_to_tensor(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:
-    """Whether it is one, or holds things that do."""
+def _all_in(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> list[Any]:
+    """What it leads to, itself included."""
     things, seen = [thing], set()
     for part in things:  # which grows
-        if isinstance(part, Tensor):
-            return True
         if id(part) not in seen and len(things) <= _MOST:
             seen.add(id(part))
             things += _parts(contents_of(part) or [])
-    return False
+    return things
+
+
+def _is_tensor(thing: Any) -> bool:
+    return isinstance(thing, Tensor)
+
+
+def _is_data(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool:
+    """Whether it leads to a tensor, or is made of numbers and texts: what a call may go on with."""
+    things = _all_in(thing, contents_of)
+    kinds = {*map(type, things)} - {type(None)}
+    return any(map(_is_tensor, things)) or (bool(kinds) and kinds <= _PLAIN | {*_DICTS, *_LISTS})
 
 
 def _parts(contents: _Contents) -> Iterable[Any]:

@@ -8,6 +8,7 @@ they hold, not what they are: everybody who has the list still has it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any, Protocol
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from .errors import ReplayError, explain
 from .names import Names, named_by, named_by_class
-from .owned import FRAMEWORKS, STANDARD, is_foreign
+from .owned import STANDARD, is_foreign, is_sharded, own_attributes
 from .reach import PLAIN, Aspect, aspects_of, is_library, is_same, put_own
 from .storage import is_allocated, is_opaque, version_of
 
 __all__ = ["Effects", "undone"]
 
 _MOST = 4000  # things that are looked at, for a call that is to cost microseconds
-_LARGE = 1 << 20  # bytes of a tensor that is copied
+_PARTS = 16 * _MOST  # that are looked at, plain numbers among them
+_LARGE = 1 << 26  # bytes of a tensor that is copied before it is known whether calls write to it
 
 
 class Effects:
@@ -32,16 +34,16 @@ class Effects:
     Args:
         modules: those that it calls.
         others: functions and arguments.
-        closely: copy tensors, which it may write to; else they are only watched.
+        largest: of tensors, which it may write to, those of so many bytes are copied; others are only watched.
 
     Attributes:
         wrote: after `undo`: whether it has written to a tensor.
     """
 
-    __slots__ = ("_closely", "_modules", "_names", "_noted", "_seen", "_tensors", "_things", "wrote")
+    __slots__ = ("_largest", "_modules", "_names", "_noted", "_seen", "_tensors", "_things", "wrote")
 
-    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any] = (), *, closely: bool = True) -> None:
-        self._closely = closely
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any] = (), *, largest: float) -> None:
+        self._largest = largest
         self.wrote = False
         self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
         self._noted: list[tuple[Aspect, Any, list[Any]]] = []
@@ -61,10 +63,10 @@ class Effects:
             return
         before = module.__dict__.copy()
         self._modules.append((module, before))
-        for name in before.keys() - STANDARD:
-            value = before[name]
-            if type(value) not in PLAIN and not name.startswith(FRAMEWORKS):
-                self._things.append(value)
+        if is_sharded(module):
+            self._things += own_attributes(module).values()
+        else:
+            self._things += [value for name in before.keys() - STANDARD if type(value := before[name]) not in PLAIN]
         for hooks in (before.get("_forward_hooks"), before.get("_forward_pre_hooks")):
             if hooks:
                 self._things += hooks.values()
@@ -77,7 +79,7 @@ class Effects:
             kind = type(thing)
             if kind in PLAIN or id(thing) in seen:
                 continue
-            if len(things) > _MOST:
+            if len(seen) > _MOST:
                 return
             seen.add(id(thing))
             if kind is tuple:
@@ -96,7 +98,7 @@ class Effects:
         for aspect in aspects:
             before = aspect.look(thing)
             self._noted.append((aspect, thing, before))
-            if len(before) <= _MOST:
+            if len(before) <= _MOST and len(self._things) <= _PARTS:
                 self._things += before if aspect.leads is None else aspect.leads(thing)
         if aspects and not is_library(kind.__module__):
             self._note_class(kind)
@@ -130,30 +132,32 @@ class Effects:
     def _note_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, nn.Parameter) or is_foreign(type(tensor)):
             return
-        copied = self._closely and not tensor.requires_grad and not is_opaque(tensor) and tensor.nbytes <= _LARGE
+        copied = not tensor.requires_grad and not is_opaque(tensor) and tensor.nbytes <= self._largest
         copy = tensor.detach().clone() if copied and is_allocated(tensor) else None
         self._tensors.append((tensor, version_of(tensor), copy))
 
-    def undo(self) -> Tensor | None:
+    def undo(self) -> str:
         """Put all back.
 
         Returns:
-            A tensor that was written to and could not be put back, if there is one.
+            What could not be put back, or ``""``.
         """
+        lost = ""
         for module, attributes in self._modules:
             put_own(module, attributes)
         for aspect, thing, before in self._noted:
             now = aspect.look(thing)
             if not (aspect.same or is_same)(now, before):
-                aspect.put_back(thing, before)
+                lost = aspect.put_back(thing, before) or lost
         for names, before in self._names:
             names.put_back(before)
-        written = self._written()
-        self.wrote = bool(written)
-        for tensor, copy in written:
+        for tensor, copy in self._written():
+            self.wrote = True
             if copy is not None:
                 tensor.data.copy_(copy)
-        return next((tensor for tensor, copy in written if copy is None), None)
+            else:
+                lost = f"a tensor of shape {tuple(tensor.shape)} that was written to twice"
+        return lost
 
     def _written(self) -> list[tuple[Tensor, Tensor | None]]:
         return [(tensor, copy) for tensor, version, copy in self._tensors if version_of(tensor) != version]
@@ -161,6 +165,11 @@ class Effects:
 
 class Finding(Protocol):
     """Whether something is there: it is looked for until the first calls have shown nothing."""
+
+    @property
+    def found(self) -> bool:
+        """Whether it was there once."""
+        ...
 
     @property
     def possible(self) -> bool:
@@ -184,21 +193,22 @@ def undone(modules: Sequence[nn.Module], others: Sequence[Any] = (), writes: Fin
     Raises:
         ReplayError: it has written to a tensor that cannot be put back.
     """
-    effects = Effects(modules, others, closely=writes is None or writes.possible)
+    largest = math.inf if writes is None or writes.found else _LARGE if writes.possible else -1
+    effects = Effects(modules, others, largest=largest)
     try:
         yield
     except BaseException:
         effects.undo()
         raise
-    written = effects.undo()
+    lost = effects.undo()
     if writes is not None:
         writes.note(effects.wrote)
-    if written is not None:
+    if lost:
         raise ReplayError(
             explain(
-                f"a tensor of shape {tuple(written.shape)} that a module, a hook or a function keeps",
-                expected="one that is as the call has left it, after the call was run again",
-                got="a tensor that was written to twice",
-                remedy="keep it in a buffer, or exclude the block with keep=",
+                "code that is run again",
+                expected="objects of modules, hooks and functions to be as the call has left them",
+                got=lost,
+                remedy="keep it in a buffer or a list, or exclude the block with keep=",
             )
         )

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
-    "FRAMEWORKS",
     "STANDARD",
+    "_FRAMEWORKS",
     "give_attributes",
     "is_foreign",
     "is_foreign_call",
@@ -23,7 +23,7 @@ __all__ = [
 # What every module has, and what is handled by itself
 STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
 _SHARDED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP mark whose parameters they shard
-FRAMEWORKS = ("__composable_api_state_key_", _SHARDED, "_fsdp_")
+_FRAMEWORKS = ("__composable_api_state_key_", _SHARDED, "_fsdp_")
 _DISTRIBUTED = "torch.distributed."
 
 
@@ -60,7 +60,7 @@ def own_among(module: nn.Module, attributes: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in attributes.items()
-        if name not in STANDARD and not name.startswith(FRAMEWORKS) and not _is_lent(value)
+        if name not in STANDARD and not name.startswith(_FRAMEWORKS) and not _is_lent(value)
     }
 
 

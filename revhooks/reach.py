@@ -12,7 +12,7 @@ from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable
 from enum import Enum
 from operator import is_
-from types import CellType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinMethodType, CellType, GeneratorType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtyp
 CONTAINERS = (list, tuple, dict, set, deque)
 MISSING: Any = object()
 _LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "triton", __package__}
+_LONG = 1 << 12
 _LARGE = 1 << 20  # bytes of an array that are copied at every look
 
 
@@ -35,13 +36,13 @@ class Aspect(NamedTuple):
 
     Attributes:
         look: what it holds now, as a list.
-        put_back: have it hold what such a list says.
+        put_back: have it hold what such a list says; returns what is wrong if that cannot be.
         leads: of what it holds, what may hold something in turn; ``None``: all.
         same: whether two such lists say the same; it is asked for now and before.
     """
 
     look: Callable[[Any], list[Any]]
-    put_back: Callable[[Any, list[Any]], None]
+    put_back: Callable[[Any, list[Any]], str | None]
     leads: Callable[[Any], Iterable[Any]] | None = None
     same: Callable[[list[Any], list[Any]], bool] | None = None
 
@@ -88,7 +89,12 @@ def _put_items(kind: Any, thing: Any, before: list[Any]) -> None:
         kind.__setitem__(thing, key, value)
 
 
-_LIST = Aspect(list.copy, _put_list)
+def _is_same_list(now: list[Any], before: list[Any]) -> bool:
+    """`is_same`; a long list is put back at once, which takes less time."""
+    return len(before) < _LONG and is_same(now, before)
+
+
+_LIST = Aspect(list.copy, _put_list, None, _is_same_list)
 _TUPLE = Aspect(_nothing, _leave, tuple.__iter__)
 _QUEUE = Aspect(lambda thing: list(deque.__iter__(thing)), _put_queue)
 _SET = Aspect(lambda thing: list(set.__iter__(thing)), _put_set)
@@ -212,8 +218,19 @@ def is_same_name(now: list[Any], before: list[Any]) -> bool:
     return len(now) == len(before) and all(a is b or type(a) is type(b) is int for a, b in zip(now, before, strict=True))
 
 
+def _look_at_generator(generator: Any) -> list[Any]:
+    frame = generator.gi_frame
+    return [] if frame is None else [frame.f_lasti, *frame.f_locals.values()]
+
+
+def _report_generator(generator: Any, _before: list[Any]) -> str:
+    return f"a generator ({generator.__qualname__}) that was advanced twice"
+
+
+_GENERATOR = Aspect(_look_at_generator, _report_generator)
 _CELL = Aspect(_look_in_cell, _put_cell, None, is_same_name)
 _METHOD = Aspect(_nothing, _leave, lambda method: (method.__self__, method.__func__))
+_BUILTIN = Aspect(_nothing, _leave, lambda method: [method.__self__])  # ``store.append``
 _PARTIAL = Aspect(_nothing, _leave, lambda partial: (partial.func, partial.args, partial.keywords, partial.__dict__))
 
 
@@ -230,7 +247,9 @@ _KINDS: list[tuple[type, Aspect]] = [
     (array, _BUFFER),
     (CellType, _CELL),
     (MethodType, _METHOD),
+    (BuiltinMethodType, _BUILTIN),
     (functools.partial, _PARTIAL),
+    (GeneratorType, _GENERATOR),
 ]
 _OPEN = {SimpleNamespace, UserDict, UserList}  # of Python's own classes those whose attributes are looked at
 _aspects: WeakKeyDictionary[type, tuple[Aspect, ...]] = WeakKeyDictionary()

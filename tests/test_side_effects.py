@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revhooks
+from revhooks import effects
 from revhooks import nn as rnn
 from revhooks.errors import ReplayError
 from tests import noted
@@ -618,8 +619,9 @@ def test_a_method_of_something_else() -> None:
     assert len(trainer.seen) == 2
 
 
-def test_a_large_tensor_that_is_written_to_is_put_back_or_named() -> None:
-    """It is not copied where calls have not written to it, so that the first time may raise; never is it written to twice."""
+def test_a_large_tensor_that_is_written_to_is_put_back_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not copied before calls have written to it, so that the first time raises; from then on it is put back."""
+    monkeypatch.setattr(effects, "_LARGE", 1 << 20)
     maps = {"sum": torch.zeros(1 << 19)}
 
     class Sums(nn.Module):
@@ -633,8 +635,14 @@ def test_a_large_tensor_that_is_written_to_is_put_back_or_named() -> None:
             return torch.tanh(h)
 
     module, x = Sums(), torch.randn(5, 4)
-    with pytest.raises(ReplayError, match=r"a tensor of shape \(524288,\).*written to twice"):
+    with pytest.raises(ReplayError, match=r"a tensor of shape \(524288,\) that was written to twice"):
         revhooks.checkpoint(module, x).sum().backward()
+    maps["sum"].zero_()
+    y = revhooks.checkpoint(module, x).sum()
+    expected = maps["sum"].clone()
+    y.backward()
+    assert expected.any()
+    assert torch.equal(maps["sum"], expected)
 
 
 def test_a_tensor_that_is_written_to_late() -> None:
@@ -662,6 +670,69 @@ def test_a_tensor_that_is_written_to_late() -> None:
     for _ in range(3):
         revhooks.checkpoint(module, x).sum().backward()
     assert sums["sum"].tolist() == [3.0] * 3
+
+
+def test_what_cannot_be_put_back_is_named() -> None:
+    def numbers() -> Any:
+        count = 0
+        while True:
+            yield count
+            count += 1
+
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.numbers = nn.Linear(4, 4), numbers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.linear(x))
+            next(self.numbers)
+            return torch.tanh(h)
+
+    with pytest.raises(ReplayError, match=r"generator .*numbers.* that was advanced twice"):
+        revhooks.checkpoint(Drawing(), torch.randn(5, 4)).sum().backward()
+
+
+def test_a_method_of_a_list() -> None:
+    log: list[float] = []
+
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.note = nn.Linear(4, 4), log.append
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.linear(x))
+            self.note(0.0)
+            return torch.tanh(h)
+
+    revhooks.checkpoint(Notes(), torch.randn(5, 4)).sum().backward()
+    assert log == [0.0]
+
+
+def test_long_records() -> None:
+    """Before and behind one that is not looked into; a list of any length is put back."""
+
+    class Records(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.first = nn.Linear(4, 4), [[0.0]]
+            self.log, self.table = [0.0] * 10000, {i: float(i) for i in range(10000)}
+            self.last: list[float] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.linear(x))
+            self.log[5000] += 1
+            self.log.append(1.0)
+            self.table[len(self.table)] = 1.0
+            self.first[0].append(1.0)
+            self.last.append(1.0)
+            return torch.tanh(h)
+
+    module = Records()
+    revhooks.checkpoint(module, torch.randn(5, 4)).sum().backward()
+    assert (len(module.log), module.log[5000], len(module.table)) == (10001, 1.0, 10001)
+    assert (module.first, module.last) == ([[0.0, 1.0]], [1.0])
 
 
 def test_nothing_is_held(no_gc: None) -> None:

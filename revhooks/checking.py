@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +20,8 @@ from .generators import RngTracker
 from .nn.coupling import Coupling
 from .registry import Registration, lookup
 from .runtime.guard import relative_error, tolerance
-from .runtime.interpose import branches_of
+from .runtime.interpose import branches_of, has_registered_parts
+from .runtime.ways import in_order, judge, places_of, split, ways
 
 __all__ = ["CheckResult", "check"]
 
@@ -36,6 +39,8 @@ class CheckResult:
             extra cost.
         deterministic: whether two forward calls from the same state agree bit by bit.
         problems: what is wrong, in words.
+        log_det_error: how far the registered ``log_det`` is from the log-abs-det of the Jacobian, relative to it or to 1;
+            ``None`` where there is none, or the samples have more than 64 elements.
     """
 
     subject: str
@@ -44,6 +49,7 @@ class CheckResult:
     evaluations: dict[str, int] = field(default_factory=dict)
     deterministic: bool = True
     problems: tuple[str, ...] = ()
+    log_det_error: float | None = None
 
     def __bool__(self) -> bool:
         """Whether all is well."""
@@ -61,17 +67,20 @@ class CheckResult:
             ),
             ("deterministic", "yes" if self.deterministic else "no"),
         ]
+        if self.log_det_error is not None:
+            rows.append(("log-det error", f"{self.log_det_error:.2g}"))
         head = f"{self.subject}: {'ok' if self else 'not ok'}"
         return "\n".join([head, *(f"  {name:<15} {value}" for name, value in rows), *(f"  ! {p}" for p in self.problems)])
 
 
-def check(module: nn.Module, *args: Any, **kwargs: Any) -> CheckResult:
-    """Try a module on an input: its inverse, its gradients, how often it calls its branches.
+def check(module: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> CheckResult:
+    """Try a module on an input: its inverse, its gradients, how often it calls its branches, its log-det.
 
     Works on copies: the module, its buffers, its gradients and the global generators are left as they are.
 
     Args:
-        module: a registered block, or a model that contains some.
+        module: a registered block, or a model that contains some. A block whose registered method is not reached by
+            ``forward`` is tried by that method; of two directions name the other one: ``check(flow.inverse, x)``.
         *args: its inputs, tensors of any shape and floating dtype first.
         **kwargs: its keyword arguments.
 
@@ -88,10 +97,11 @@ def check(module: nn.Module, *args: Any, **kwargs: Any) -> CheckResult:
         >>> bool(result), result.evaluations
         (True, {'f': 2, 'g': 2})
     """
-    if not any(_registration(block) is not None for block in module.modules()):
+    called, method = (module.__self__, module.__name__) if inspect.ismethod(module) else (module, None)
+    if not isinstance(called, nn.Module) or not any(_registration(block) is not None for block in called.modules()):
         raise RegistrationError(
             explain(
-                type(module).__name__,
+                type(called).__name__,
                 expected="a registered block, or a model that contains one",
                 got="no module with a registered inverse",
                 remedy="revhooks.register(cls, inverse=...)",
@@ -102,23 +112,44 @@ def check(module: nn.Module, *args: Any, **kwargs: Any) -> CheckResult:
     device = tensors[0].device if tensors else torch.device("cpu")
     state = tracker.capture(device)
     try:
-        return _Check(module, args, kwargs, state.restore).run()
+        return _Check(called, method, args, kwargs, state.restore).run()
     finally:
         state.restore()
 
 
-def _registration(module: nn.Module) -> Registration | None:
-    marked = getattr(type(module).forward, "__revhooks__", None)
-    return marked if marked is not None else lookup(type(module))
+def _registration(module: nn.Module, method: str | None = None) -> Registration | None:
+    marked = getattr(getattr(type(module), method or "forward", None), "__revhooks__", None)
+    return marked if marked is not None else lookup(type(module), method)
 
 
 class _Check:
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reset: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reset: Callable[[], None],
+    ) -> None:
         self.module = module
         self.args = args
         self.kwargs = kwargs
         self.reset = reset  # the generators
         self.problems: list[str] = []
+        self.entry = _registration(module, method)
+        self.method = method or self._method()
+
+    def _method(self) -> str:
+        """What training calls: ``forward`` if the registered method is reached by it, else that."""
+        if self.entry is None or self.entry.method == "forward":
+            return "forward"
+        copied, name = self._copy(), self.entry.method
+        reached: list[bool] = []
+        copied.__dict__[name] = _before(getattr(copied, name), lambda: reached.append(True))
+        self.method = "forward"
+        with contextlib.suppress(Exception), torch.no_grad():
+            self._call(copied)
+        return "forward" if reached else name
 
     def run(self) -> CheckResult:
         plain, expected = self._step(self._copy(), None)
@@ -139,9 +170,10 @@ class _Check:
         if not gradient_error <= 10 * bound:
             self.problems.append(f"gradients differ by {gradient_error:.2g} (relative) from those of plain autograd")
         self.problems.extend(f"branch {name} is called {n} times a step" for name, n in evaluations.items() if n > 2)
-        return CheckResult(
-            type(self.module).__name__, inverse_error, gradient_error, evaluations, deterministic, tuple(self.problems)
-        )
+        log_det_error = self._log_det_error(10 * bound)
+        name = type(self.module).__name__
+        found = (inverse_error, gradient_error, evaluations, deterministic, tuple(self.problems), log_det_error)
+        return CheckResult(name, *found)
 
     def _copy(self) -> nn.Module:
         copied = copy.deepcopy(self.module)
@@ -153,10 +185,10 @@ class _Check:
         self.reset()
         args, kwargs = pytree.tree_map_only(Tensor, _leaf, (self.args, self.kwargs))
         if guard is None:
-            outputs = _tensors(module(*args, **kwargs))
+            outputs = _tensors(self._apply(module, args, kwargs))
         else:
             with reversible(guard=guard) as run:
-                outputs = _tensors(module(*args, **kwargs))
+                outputs = _tensors(self._apply(module, args, kwargs))
                 run.budget.evict_all()
         weights = torch.Generator().manual_seed(0)
         loss = sum(
@@ -168,7 +200,7 @@ class _Check:
         return [o.detach() for o in outputs], [leaf.grad if leaf.grad is not None else torch.zeros(()) for leaf in leaves]
 
     def _inverse_error(self, bound: float) -> float:
-        entry = _registration(self.module)
+        entry = self.entry
         if entry is None:
             with reversible(guard="off") as run:
                 run.guard.mode = "measure"
@@ -205,21 +237,62 @@ class _Check:
         run.budget.evict_all()
         sum(o.double().sum() for o in outputs).backward()  # type: ignore[union-attr]
 
+    def _apply(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return module(*args, **kwargs) if self.method == "forward" else getattr(module, self.method)(*args, **kwargs)
+
     def _call(self, module: nn.Module) -> Any:
-        return module(*pytree.tree_map_only(Tensor, torch.Tensor.clone, self.args), **self.kwargs)
+        return self._apply(module, pytree.tree_map_only(Tensor, torch.Tensor.clone, self.args), self.kwargs)
 
     def _invert(self, entry: Registration, module: nn.Module, output: Any) -> float:
+        """The least error of the sensible ways of calling the inverse."""
         inverse = entry.resolve(module)
-        spread = isinstance(entry.inverse, str) and isinstance(output, tuple)
-        outputs = output if spread else (output,)
-        counts = [len(outputs), 1] if len(outputs) > 1 else [1]
-        error = float("inf")
-        for count in counts:
-            result = inverse(*outputs, *self.args[count:], **self.kwargs)
-            results = result if isinstance(result, tuple) else (result,)
-            if len(results) == count and all(r.shape == a.shape for r, a in zip(results, self.args, strict=False)):
-                error = max(relative_error(r, a) for r, a in zip(results, self.args, strict=False))
+        places = places_of(getattr(type(module), entry.method), self.args, self.kwargs)
+        arguments = in_order(places, self.args, self.kwargs)
+        errors: list[float] = []
+        failure: Exception | None = None
+        for way in ways(output, arguments, named=isinstance(entry.inverse, str)):
+            rest = split(places[: way.held], self.args, self.kwargs)
+            if not way.fits(inverse, output, *rest):
+                continue
+            try:
+                result = way.call(inverse, pytree.tree_map_only(Tensor, torch.Tensor.clone, output), *rest)
+            except Exception as problem:
+                failure = failure or problem
+                continue
+            found = judge(result, arguments[: way.held], lambda _: (float("inf"), float("inf")))
+            if not found.problem:
+                expected = pytree.tree_leaves(arguments[: found.inputs])
+                errors.append(max(relative_error(t, e) for t, e in zip(found.tensors, expected, strict=True)))
+            if errors and errors[-1] <= tolerance(expected[0].dtype)[0]:
                 break
+        if failure is not None and not errors:
+            raise failure
+        return min(errors, default=float("inf"))
+
+    def _log_det_error(self, bound: float) -> float | None:
+        """The registered log-det of the first sample against that of its Jacobian."""
+        name = self.entry.log_det if self.entry is not None else None
+        x = self.args[0] if self.args else None
+        if name is None or not isinstance(x, Tensor) or not x.is_floating_point() or not len(x) or x[0].numel() > _SMALL:
+            return None
+        module = self._pinned()
+        with torch.no_grad():
+            self._call(module)  # which may initialise it
+
+        def first(sample: Tensor) -> Tensor:
+            self.reset()
+            return _tensors(self._apply(module, (torch.cat([sample[None], x[1:]]), *self.args[1:]), self.kwargs))[0][0].flatten()
+
+        jacobian = torch.autograd.functional.jacobian(first, x[0].detach()).flatten(1)
+        if jacobian.shape[0] != jacobian.shape[1]:
+            return None
+        self.reset()
+        with torch.no_grad():
+            got = float(getattr(module, name)(*self.args, **self.kwargs).flatten()[0])
+        wanted = float(torch.linalg.slogdet(jacobian.double())[1])
+        error = abs(got - wanted) / max(1.0, abs(wanted))
+        if not error <= bound:
+            self.problems.append(f"{name} gives {got:.4g} where the Jacobian's log-abs-det is {wanted:.4g}")
         return error
 
     @staticmethod
@@ -239,14 +312,17 @@ class _Check:
         return evaluations
 
 
+_SMALL = 64  # elements of a sample whose Jacobian is computed
+
+
 def _branches(module: nn.Module) -> list[nn.Module]:
     """The branches of all registered blocks in a module, each once."""
     branches: dict[nn.Module, None] = {}
     for block in module.modules():
         if isinstance(block, Coupling):
             branches.update(dict.fromkeys(step.branch for step in block.steps()))
-        elif _registration(block) is not None:
-            branches.update(dict.fromkeys(branches_of(block)))
+        elif (entry := _registration(block)) is not None and (entry.branches is not None or not has_registered_parts(block)):
+            branches.update(dict.fromkeys(branches_of(block, entry.branches)))
     return list(branches)
 
 

@@ -157,8 +157,8 @@ def register(
             for a fixed point, D for an autoregressive map. A replay needs the inputs, which an inversion frees. So where
             they are small the block is replayed from them: where they take no more than a sixteenth of what it saves, and no
             more than ``cost / 160`` of it.
-        log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``; `check` compares it with
-            that of `torch.autograd.functional.jacobian`.
+        log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``, from the arguments of the
+            call; `check` compares it with that of `torch.autograd.functional.jacobian`. An estimate is none.
         keeps_zeros: an inversion turns an exact zero into 1e-17, so an input that has some is held. ``True`` where the
             inverse is exact to the bit, or the positions of inputs that the block only adds: these are not held.
         branches: the modules in the block whose calls an inverse repeats, so that they are evaluated once in backward: their

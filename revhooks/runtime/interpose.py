@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..owned import is_foreign_call
-from ..registry import Branches
+from ..registry import Branches, lookup
 
-__all__ = ["OnCall", "branches_of", "deeper", "shadowed", "without_forward_hooks"]
+__all__ = ["OnCall", "branches_of", "deeper", "has_registered_parts", "shadowed", "without_forward_hooks"]
 
 # Takes a child's call over: gets the child, a function that makes the call, and the arguments; returns the result.
 OnCall = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -63,6 +63,19 @@ def _children(module: nn.Module) -> dict[nn.Module, None]:
         else:
             found[child] = None
     return found
+
+
+def has_registered_parts(module: nn.Module) -> bool:
+    """Whether a block is a container of registered ones: its children, those in its lists, or all in a sequence of its."""
+    return any(_is_registered(part) or _is_sequence(part) for part in _children(module))
+
+
+def _is_registered(module: nn.Module) -> bool:
+    return lookup(type(module)) is not None or hasattr(type(module).forward, "__revhooks__")
+
+
+def _is_sequence(part: nn.Module) -> bool:
+    return isinstance(part, nn.Sequential) and len(part) > 0 and all(map(_is_registered, part))
 
 
 def deeper(modules: list[nn.Module]) -> list[nn.Module]:

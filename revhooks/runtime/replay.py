@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
+from ..registry import ACTIVE
 from ..storage import is_opaque, version_of
 from .arguments import Arguments
 from .branch import CallState
@@ -140,6 +141,7 @@ class ReplayFrame(Frame):
         super().__init__(run, region.facts, training=region.training)
         self.region = region
         self.slots = run.slots(self, 0, region.facts, replayed=True)
+        self.nested = LOCAL.sink is not None or LOCAL.filling is not None
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
         self._tail: Tail | None = None  # before which a replay ends
@@ -209,7 +211,11 @@ class ReplayFrame(Frame):
         self.run.replays.add(self)
 
         def call() -> Any:
-            return self.region.call(*args, **kwargs)
+            outer, ACTIVE.run = ACTIVE.run, self.run  # for the modules inside that were named
+            try:
+                return self.region.call(*args, **kwargs)
+            finally:
+                ACTIVE.run = outer
 
         def fill() -> None:
             if self._tail is None:

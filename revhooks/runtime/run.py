@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import threading
 import weakref
@@ -28,6 +29,7 @@ from .coupling import CouplingFrame
 from .frame import NEWEST, ORDINARY, REMEDIES, Frame
 from .guard import Guard
 from .handle import LeafHandle, ViewHandle
+from .interpose import has_registered_parts
 from .lean import LeanSlots
 from .local import Packer, packer, pop_hooks, push_hooks, surrounding, unpack
 from .offload import HeldAway, Offload, Parked
@@ -109,6 +111,8 @@ class Run(Packer):
         if self._is_plain(args, kwargs) or (self._keep is not None and self._keep(module)):
             return original(module, *args, **kwargs)
         knows_law = isinstance(module, Coupling) and entry.cls is Coupling
+        if not knows_law and entry.branches is None and has_registered_parts(module):
+            return original(module, *args, **kwargs)  # its parts are inverted one by one
         self._count += 1
         frame: Frame = CouplingFrame(self, module) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
         return self._open(frame, original, args, kwargs)
@@ -120,7 +124,7 @@ class Run(Packer):
         with contextlib.nullcontext() if inside or not self._shadowed() else saved_tensors_hooks(self.pack, self.unpack):
             if self._is_plain(args, kwargs):
                 return region.call(*args, **kwargs)
-            entry = Registration(None, lambda _, *given, **more: inverse(*given, **more))
+            entry = Registration(None, _without_module(inverse))
             self._count += 1
             frame = OpaqueFrame(self, region.module(), entry, region.facts)
             return self._open(frame, lambda _, *given, **more: region.call(*given, **more), args, kwargs)
@@ -164,8 +168,15 @@ class Run(Packer):
         return result
 
     def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens."""
-        if self._replay is None or not self._replay(module) or self._is_plain((), {}):
+        """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens.
+
+        In one that is named too it lies in that one's frame, and lets go of what it saved at once, in the replay as well.
+        """
+        if self._replay is None or not self._replay(module):
+            return original(module, *args, **kwargs)
+        if _is_in_another(module):
+            return self.replay(Region.of(module, original), args, kwargs)
+        if self._is_plain((), {}):
             return original(module, *args, **kwargs)
         self._count += 1
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
@@ -437,6 +448,12 @@ def _saves_nothing_of_ours() -> bool:
     return not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or is_traced()
 
 
+def _is_in_another(module: nn.Module) -> bool:
+    """Whether a call lies in a frame of one other named module: what lies deeper would be run again once a level."""
+    frame = LOCAL.sink[1] if LOCAL.sink is not None else LOCAL.filling.slots.frame if LOCAL.filling is not None else None
+    return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
+
+
 def _covers(base: Tensor, tensor: Tensor) -> bool:
     """Whether ``base`` is all that lies in the tensor's memory."""
     return (
@@ -446,6 +463,19 @@ def _covers(base: Tensor, tensor: Tensor) -> bool:
         and (base is tensor or (not is_opaque(base) and storage_key(base) == storage_key(tensor)))  # ``.data`` may be another's
         and (base.is_contiguous() or Geometry.of(base).dense)
     )
+
+
+def _without_module(inverse: Callable[..., Any]) -> Callable[..., Any]:
+    """The inverse of a function, as one of a block: with its signature, which shows how it can be called."""
+
+    def of_block(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return inverse(*args, **kwargs)
+
+    with contextlib.suppress(TypeError, ValueError):  # it has none
+        signature = inspect.signature(inverse)
+        parameters = [inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
+        of_block.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return of_block
 
 
 class _Counter:

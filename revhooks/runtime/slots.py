@@ -154,6 +154,11 @@ class Slots:
             self._packed = 0
 
     @property
+    def frame(self) -> Frame | None:
+        """Whose they are."""
+        return self._frame()
+
+    @property
     def packed_bytes(self) -> int:
         """What plain autograd would hold for them, and for no slots of the frame before."""
         return self._packed

@@ -63,7 +63,8 @@ def _torch_peek() -> Callable[[], Any]:
     marks = _torch_marks(scratch, offset)
     seen = [marks()]
     for dtype in (None, torch.float64, torch.float64, torch.float32, torch.float32):
-        torch.rand(1, generator=scratch) if dtype is None else torch.randn(1, generator=scratch, dtype=dtype)
+        draw = torch.rand if dtype is None else torch.randn
+        draw(1, generator=scratch, dtype=dtype, device="cpu")
         seen.append(marks())
     scratch.set_state(torch.default_generator.get_state())
     if len(set(seen)) != len(seen) or marks() != seen[0]:  # pragma: no cover

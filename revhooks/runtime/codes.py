@@ -102,7 +102,8 @@ def _times(mask: Tensor, value: Tensor) -> Tensor:
     return mask.view(torch.uint8) * value
 
 
-_SHIFTS = torch.arange(8, dtype=torch.uint8)
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -110,14 +111,14 @@ def _pack(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.packbits(mask.numpy(), bitorder="little"))
     padded = F.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (padded << _SHIFTS.to(mask.device)).sum(1, dtype=torch.uint8)
+    return (padded << _shifts(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, size: int) -> Tensor:
     numpy = sys.modules.get("numpy")
     if bits.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
-    return (bits.unsqueeze(1) >> _SHIFTS.to(bits.device) & 1).view(-1)[:size].to(torch.bool)
+    return (bits.unsqueeze(1) >> _shifts(bits.device) & 1).view(-1)[:size].to(torch.bool)
 
 
 def _references(tensor: Tensor) -> int:
@@ -134,7 +135,7 @@ def _fewest() -> int:
             return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Hook().pack, lambda tensor: tensor):
-        F.max_pool2d(torch.zeros(1, 1, 2, 2, requires_grad=True) * 1, 2)
+        F.max_pool2d(torch.zeros(1, 1, 2, 2, device="cpu", requires_grad=True) * 1, 2)
     return min(seen)
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..generators import EVERY
+from ..precision import Precision, coarse, precision_of
 from ..state import Modes
 from ..storage import Held, is_near
 from .branch import STATE, STATISTICS, CallState
@@ -74,6 +76,7 @@ class Frame(abc.ABC):
         self._training = training
         self.device: torch.device
         self.modes: Modes | None
+        self.precision: Precision = ()
         self.input_keys: set[int] = set()  # storages of its inputs; of a coupling, of the stream that a branch gets
         self.external: set[int] = set()  # storages of its parameters and buffers
         self.packed: set[int] = set()  # storages that were counted as saved
@@ -130,6 +133,7 @@ class Frame(abc.ABC):
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
         self.modes = Modes.of_call(device)
+        self.precision = precision_of(device)
         run, known = self.run, self.facts.draws(self._training)
         self.draws = known.inside
         self._marked = bool(known.inside) or known.outside or run.marks is None
@@ -159,11 +163,21 @@ class Frame(abc.ABC):
         self.packed.clear()
 
     def bounds(self, stream: Tensor) -> tuple[float, float]:
-        """The guard's bounds for a stream; autocast branches make it as coarse as their dtype."""
-        bounds = tolerance(stream.dtype)
-        for _, dtype in self.modes.autocast if self.modes is not None else ():
-            bounds = max(bounds, tolerance(dtype))
-        return bounds
+        """The guard's bounds for a stream."""
+        return tolerance(self.coarsest(stream.dtype))
+
+    def coarsest(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that says how good a stream is: its own, that of autocast branches, or what products round it to."""
+        dtypes = [dtype, *(autocast for _, autocast in (self.modes.autocast if self.modes is not None else ()))]
+        if dtype in _ROUNDED and not self.exact:
+            rounded = coarse(self.precision, self.device, convolves=self.convolves)
+            dtypes += [] if rounded is None else [rounded]
+        return max(dtypes, key=tolerance)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether its call may have convolutions or recurrences."""
+        return True
 
     def keep(self, why: str) -> None:
         """Stay as it is until backward, and say why."""
@@ -214,6 +228,7 @@ class Frame(abc.ABC):
         run.guard.check_replay(rebuilt, original, self.bounds(original), label, self.facts.look_again, run.at_end)
 
 
+_ROUNDED = (torch.float32, torch.complex64)  # by TF32
 _EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere
 _STRIDES = (67, 257, 1031, 4099, 16411, 65537)  # primes: rows, columns, channels and borders are all met
 
@@ -240,6 +255,18 @@ class ModuleFrame(Frame):
     def label(self) -> str:
         """How errors, warnings and reports call it."""
         return self.run.label(self.module, self.ordinal)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether its call may have convolutions or recurrences: their weights tell."""
+        return self.facts.convolves(lambda: _convolves(self.module))
+
+
+def _convolves(module: nn.Module) -> bool:
+    """A kernel has three dimensions or more; a recurrence is known by its class, anything lazy not at all."""
+    if any(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in module.modules()):
+        return True
+    return any(is_lazy(parameter) or parameter.dim() > 2 for parameter in module.parameters())
 
 
 class Head:

@@ -52,8 +52,8 @@ def is_measured(tensor: Tensor) -> bool:
 DRIFT = 0.7  # what an inversion drifts by is below the dtype's precision to this power
 
 
-def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool) -> bool:
-    """Whether a tensor is what it was: bit by bit, or up to what an inversion drifts by.
+def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool, computed: torch.dtype | None = None) -> bool:
+    """Whether a tensor is what it was: bit by bit, or up to what an inversion drifts by, computed in a dtype.
 
     Example:
         >>> x = torch.ones(2)
@@ -66,7 +66,7 @@ def is_again(rebuilt: Tensor, original: Tensor, *, exact: bool) -> bool:
         return True
     if exact or not original.is_floating_point() or not bool(original.isfinite().all()):
         return False
-    return bool(relative_error(rebuilt, original) <= torch.finfo(original.dtype).eps ** DRIFT)
+    return bool(relative_error(rebuilt, original) <= torch.finfo(computed or original.dtype).eps ** DRIFT)
 
 
 def relative_error(rebuilt: Tensor, original: Tensor) -> float:

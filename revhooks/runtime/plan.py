@@ -105,6 +105,7 @@ class Facts:
     """
 
     __slots__ = (
+        "_convolves",
         "_draws",
         "_goes",
         "_inversions",
@@ -120,6 +121,7 @@ class Facts:
 
     def __init__(self, *, many: bool = False) -> None:
         self._many = many
+        self._convolves: bool | None = None
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
@@ -141,6 +143,12 @@ class Facts:
             known = self._draws[training]
             draws = Draws(known.inside | draws.inside, known.outside or draws.outside)
         self._draws[training] = draws
+
+    def convolves(self, look: Callable[[], bool]) -> bool:
+        """Whether there are convolutions or recurrences; ``look`` says so, once."""
+        if self._convolves is None:
+            self._convolves = self._many or look()
+        return self._convolves
 
     def has_zeros(self, place: object, look: Callable[[], bool]) -> bool:
         """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls."""

@@ -304,7 +304,7 @@ class Slots:
         """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
         if self._leaves[index] != _LEAF or self.tensors[index] is None:
             return False
-        return is_again(tensor.detach(), self.entry(index), exact=frame.exact)
+        return is_again(tensor.detach(), self.entry(index), exact=frame.exact, computed=frame.coarsest(tensor.dtype))
 
     # -- errors
 

@@ -283,6 +283,7 @@ class Held:
     __slots__ = ("_key", "_ledger", "_version", "tensor")
 
     def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
+        self._key = 0  # nothing is counted yet
         self._ledger = ledger
         self._version = version_of(tensor)
         self.tensor = tensor
@@ -299,4 +300,5 @@ class Held:
         return self.version == self._version
 
     def __del__(self) -> None:
-        self._ledger.drop(self._key)
+        if self._key:
+            self._ledger.drop(self._key)

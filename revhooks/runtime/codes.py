@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capture import is_capturing
 from ..storage import BITS, Geometry, Held, Ledger, is_near, restride
 
 __all__ = ["Code", "code_of", "is_unshared", "mask_of"]
@@ -56,7 +57,8 @@ def code_of(tensor: Tensor, what: str) -> Code | None:
     """A smaller form of a tensor that no operation with a gradient has made; ``None`` if it has none."""
     if tensor.numel() < LEAST:
         return None
-    if tensor.dtype is not torch.bool and not is_near(tensor.device) and tensor.nbytes < WORTH_WAITING:
+    waits = not is_near(tensor.device) and (tensor.nbytes < WORTH_WAITING or is_capturing(tensor.device))
+    if waits and tensor.dtype is not torch.bool:
         return None  # what follows reads values
     if tensor.dtype is torch.int64 and not tensor.is_meta and tensor.is_contiguous():
         return _narrowed(tensor.detach().view(-1), what)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
@@ -181,6 +182,9 @@ class OpaqueFrame(ModuleFrame):
 
     def _learn(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inversion | None:
         """Try the inverse; what overflowed shows nothing."""
+        if is_capturing(self.device):
+            self.keep(CAPTURED)
+            return None
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
             self.keep("its output is not finite")
             return None

@@ -190,7 +190,7 @@ class ReplayFrame(Frame):
         if not self.slots.intact():
             self.keep("a tensor that it saved was changed in place")
             return
-        if self.run.guard.mode != "off":
+        if self.run.guard.mode != "off" and not self.captured:
             self._sketch = Sketch(self.slots.there())
         if self._early_stop:
             self._tail = Tail(self.slots, self.run.ledger, self._given // _SHARE)

@@ -190,14 +190,17 @@ class _Check:
             with reversible(guard=guard) as run:
                 outputs = _tensors(self._apply(module, args, kwargs))
                 run.budget.evict_all()
-        weights = torch.Generator().manual_seed(0)
+        weights = torch.Generator(device="cpu").manual_seed(0)
         loss = sum(
-            (o.double() * torch.randn(o.shape, generator=weights, dtype=torch.float64).to(o.device)).sum() for o in outputs
+            (o.double() * torch.randn(o.shape, generator=weights, dtype=torch.float64, device="cpu").to(o.device)).sum()
+            for o in outputs
         )
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
         leaves = [*_tensors((args, kwargs)), *module.parameters()]
-        return [o.detach() for o in outputs], [leaf.grad if leaf.grad is not None else torch.zeros(()) for leaf in leaves]
+        return [o.detach() for o in outputs], [
+            leaf.grad if leaf.grad is not None else torch.zeros((), device=leaf.device) for leaf in leaves
+        ]
 
     def _inverse_error(self, bound: float) -> float:
         entry = self.entry

@@ -6,6 +6,7 @@
     ├── RegistrationError (TypeError)    a class or an inverse that cannot be registered
     ├── ShapeError        (ValueError)   an input, or what a branch returned, does not fit its layer
     ├── GridError         (OverflowError) a stream that is too large for its grid
+    ├── CaptureError      (RuntimeError) a block that cannot be part of a CUDA graph
     ├── TargetError       (ValueError)   a command-line target that cannot be loaded or run
     └── BackwardError     (RuntimeError)
         ├── InversionError               an inverse that is missing, ill-formed, or not an inverse
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 __all__ = [
     "BackwardError",
+    "CaptureError",
     "FallbackWarning",
     "GridError",
     "InversionError",
@@ -48,6 +50,10 @@ class ShapeError(RevhooksError, ValueError):
 
 class GridError(RevhooksError, OverflowError):
     """A stream that has left the range in which sums on its grid are exact."""
+
+
+class CaptureError(RevhooksError, RuntimeError):
+    """A block that cannot be repeated in a CUDA graph that is captured."""
 
 
 class TargetError(RevhooksError, ValueError):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capture import is_capturing
+
 __all__ = ["EVERY", "Rng", "RngTracker"]
 
 
@@ -63,7 +65,8 @@ def _torch_peek() -> Callable[[], Any]:
     marks = _torch_marks(scratch, offset)
     seen = [marks()]
     for dtype in (None, torch.float64, torch.float64, torch.float32, torch.float32):
-        torch.rand(1, generator=scratch) if dtype is None else torch.randn(1, generator=scratch, dtype=dtype)
+        draw = torch.rand if dtype is None else torch.randn
+        draw(1, generator=scratch, dtype=dtype, device="cpu")
         seen.append(marks())
     scratch.set_state(torch.default_generator.get_state())
     if len(set(seen)) != len(seen) or marks() != seen[0]:  # pragma: no cover
@@ -126,7 +129,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _device_state(device: torch.device | None) -> tuple[torch.device, Tensor] | None:
-    if device is None or device.type in ("cpu", "meta"):
+    if device is None or device.type in ("cpu", "meta") or is_capturing(device):
         return None
     module: Any = getattr(torch, device.type, None)
     return (device, module.get_rng_state(device)) if hasattr(module, "get_rng_state") else None
@@ -155,12 +158,13 @@ def _peek(kind: str, make: Callable[[], Any]) -> Any:
 class RngTracker:
     """Reads generators, and tells cheaply whether one has moved."""
 
-    __slots__ = ("_last", "_numpy_peek", "_python_peek", "_torch_peek")
+    __slots__ = ("_last", "_numpy_peek", "_python_peek", "_seen", "_torch_peek")
 
     def __init__(self) -> None:
         self._torch_peek = _peek("torch", _torch_peek)
         self._python_peek = _peek("python", _python_peek)
         self._numpy_peek = _peek("numpy", _numpy_peek)
+        self._seen: dict[torch.device, Any] = {}  # the latest marks of devices
         self._last: tuple[Any, Rng] | None = None  # marks of torch's generators, and their state
 
     def marks(self, device: torch.device) -> tuple[Any, ...]:
@@ -171,13 +175,19 @@ class RngTracker:
             self._torch_peek(),
             self._python_peek(),
             self._numpy_peek() if self._numpy_peek is not None else None,
-            None if device.type == "cpu" else _device_marks(device),
+            None if device.type == "cpu" else self._device_marks(device),
         )
+
+    def _device_marks(self, device: torch.device) -> Any:
+        """While a graph is captured the generator cannot be read: who draws there is told before (`Frame.begin`)."""
+        if not is_capturing(device):
+            self._seen[device] = _device_marks(device)
+        return self._seen.get(device)
 
     def torch_marks(self, device: torch.device) -> Any:
         """The same for torch's generators only."""
         here = self._torch_peek()
-        return here if device.type == "cpu" else (here, _device_marks(device))
+        return here if device.type == "cpu" else (here, self._device_marks(device))
 
     def torch_state(self, device: torch.device, marks: Any) -> Rng:
         """The state of torch's generators, whose marks are these; read only when they have moved."""

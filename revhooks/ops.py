@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .capture import is_capturing
 from .errors import ModifiedError, ReplayError, explain
 from .storage import is_near
 
@@ -266,6 +267,8 @@ def _layer_norm(node: Any) -> Operation | None:
     key = (shape, output.dtype) if parameter is None else parameter
     first = None if near and parameter is None else memo.get(key)  # what is recomputed by it is compared
     if first is None:
+        if is_capturing(output.device):  # to find it out reads values
+            return None
         first = _eps_by(source.get(), shape, rstd.get())
         if first is None:
             return None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.utils import _device
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .effects import undone
 from .owned import is_foreign, is_sharded
@@ -36,20 +37,25 @@ __all__ = [
 
 
 class Modes:
-    """Autocast of the CPU and of the call's device, and the default device."""
+    """Autocast of the CPU, of CUDA and of the call's device, and the default device.
+
+    What a call finds as its default device is a function mode of its thread, which neither follows autograd to another one nor
+    is there in a backward that is called under it.
+    """
 
     __slots__ = ("_cache", "_default_device", "autocast")
 
     def __init__(self, device: torch.device) -> None:
-        kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-        self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+        kinds = dict.fromkeys(("cpu", "cuda", "cpu" if device.type == "meta" else device.type))
+        enabled = torch._C._is_any_autocast_enabled()
+        self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if enabled and torch.is_autocast_enabled(k))
         self._cache = torch.is_autocast_cache_enabled()
-        self._default_device = _device.CURRENT_DEVICE
+        self._default_device = _default_device()
 
     @classmethod
     def of_call(cls, device: torch.device) -> Modes | None:
         """The modes now; ``None`` when none is set."""
-        if _device.CURRENT_DEVICE is None and not torch._C._is_any_autocast_enabled():
+        if not torch._C._is_any_autocast_enabled() and _default_device() is None:
             return None
         return cls(device)
 
@@ -63,9 +69,20 @@ class Modes:
                     enabled = kind in wanted
                     context = torch.autocast(kind, dtype=wanted.get(kind), enabled=enabled, cache_enabled=self._cache)
                     stack.enter_context(context)
-            if self._default_device != _device.CURRENT_DEVICE:
+            if self._default_device != _default_device():
                 stack.enter_context(self._default_device or torch.device("cpu"))
             yield
+
+
+def _default_device() -> torch.device | None:
+    """Where this thread makes tensors, if somebody has chosen that: `torch.set_default_device`, or a device as a context."""
+    if not torch._C._len_torch_function_stack():
+        return None
+    modes = reversed(_get_current_function_mode_stack())
+    chosen: torch.device | None = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
+    if chosen is not None and chosen.type == "cuda" and chosen.index is None:  # which one is the thread's, too
+        return torch.device("cuda", torch.cuda.current_device())
+    return chosen
 
 
 def _plain_modes() -> Modes:

@@ -292,6 +292,7 @@ class Held:
     __slots__ = ("_key", "_ledger", "before", "tensor")
 
     def __init__(self, ledger: Ledger, tensor: Tensor) -> None:
+        self._key = 0  # nothing is counted yet
         self._ledger = ledger
         self.before = version_of(tensor)
         self.tensor = tensor
@@ -308,4 +309,5 @@ class Held:
         return self.version == self.before
 
     def __del__(self) -> None:
-        self._ledger.drop(self._key)
+        if self._key:
+            self._ledger.drop(self._key)

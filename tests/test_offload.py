@@ -6,6 +6,7 @@ A mover for the CPU stands for the one of CUDA, whose own tests need a device.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,12 +161,90 @@ def test_a_change_in_place_raises(replayed: bool, elsewhere: list[tuple[str, int
             y.sum().backward()
 
 
+class Event:
+    """A copy: done when somebody says so."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.waited: list[Event] = []
+
+    def wait_event(self, event: Event) -> None:
+        self.waited.append(event)
+
+
+def test_copies_lag_behind_by_so_many_bytes(monkeypatch: pytest.MonkeyPatch, no_gc: None) -> None:
+    """The stream waits for the oldest, however far the host runs ahead; then the memory may go in the stream's order."""
+    monkeypatch.setattr(offload, "LAG", 300)
+    leaving, home = offload.Leaving(), Stream()
+    events = [Event() for _ in range(6)]
+    gone: list[weakref.ref[Tensor]] = []
+    for event in events:
+        tensor = torch.zeros(25)  # 100 bytes
+        gone.append(weakref.ref(tensor))
+        leaving.add(tensor, home, event)
+        del tensor
+        assert leaving.nbytes <= 300
+    assert [tensor() is None for tensor in gone] == [True, True, True, False, False, False]
+    assert home.waited == events[:3]
+    events[3].done = events[5].done = True
+    leaving.add(torch.zeros(25), home, Event())
+    assert [tensor() is None for tensor in gone] == [True, True, True, True, False, False]  # in order
+    leaving.clear()
+    assert all(tensor() is None for tensor in gone)
+    assert leaving.nbytes == 0
+    assert home.waited[:6] == events
+
+
+def test_one_that_is_larger_than_that_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LAG", 10)
+    leaving, home = offload.Leaving(), Stream()
+    leaving.add(torch.zeros(25), home, Event())
+    assert not home.waited  # its copy has just begun
+    leaving.add(torch.zeros(25), home, Event())
+    assert len(home.waited) == 1
+
+
+def test_a_copy_that_nobody_asks_for_is_waited_for(elsewhere: list[tuple[str, int]]) -> None:
+    """Before its memory goes: else the copy would write into what lies there next."""
+    x = [torch.randn(n, 64, requires_grad=True) for n in (16, 32, 48)]
+    with revhooks.reversible(offload=True, ops=False):
+        losses = [one.exp().sum() for one in x]
+        losses[2].backward()
+        assert [kind for kind, _ in elsewhere].count("back") > [kind for kind, _ in elsewhere].count("wait") == 1
+        del losses
+    assert sorted(n for kind, n in elsewhere if kind == "back") == sorted(n for kind, n in elsewhere if kind == "wait")
+
+
+def test_what_cannot_leave_counts_as_nothing(elsewhere: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where pinned memory is out; nothing complains when it is dropped (warnings are errors here)."""
+
+    def full(self: Any, tensor: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Elsewhere, "out", full)
+    with revhooks.reversible(offload=True, ops=False) as run:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ones(4, requires_grad=True).exp()
+        assert run.stats.offloaded_bytes == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_device() -> None:
-    """Pinned memory, a stream of its own: bitwise the same gradients, and less device memory."""
-    net = nn.Sequential(*[nn.Sequential(nn.Linear(1024, 1024), nn.Sigmoid()) for _ in range(8)]).cuda()
-    x = torch.randn(4096, 1024, device="cuda")
+    """Pinned memory, a stream of its own: bitwise the same gradients, and less device memory.
+
+    What can leave is most of what there is: 24 activations of 32 MiB, beside parameters and gradients of 8 MiB a layer. The
+    copies take longer than the layers, so the stream has to wait for them.
+    """
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(1024, 1024), nn.Sigmoid()) for _ in range(24)]).cuda()
+    x = torch.randn(8192, 1024, device="cuda")
     grads, peaks = [], []
     for away in (False, True):
         for _ in range(3):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..capture import is_capturing
 from ..errors import GridError, RegistrationError, RevhooksError, ShapeError, explain
 from ..functional import ADDITIVE, Law, affine_law, grid_law, grid_limit, round_to_grid, wide
 from ..storage import compact, is_near
@@ -123,7 +124,7 @@ class RangeWatch:
         Raises:
             GridError: it is out of range.
         """
-        if self._bits is None or stream.is_meta or is_recorded():
+        if self._bits is None or stream.is_meta or is_recorded() or is_capturing(stream.device):
             return
         extreme = torch.stack(torch.aminmax(stream.detach())).abs_().max()
         if is_near(stream.device):

@@ -311,7 +311,7 @@ class Permute(Flow):
     @classmethod
     def random(cls, size: int, *, dim: int = 1, generator: torch.Generator | None = None) -> Permute:
         """A random permutation."""
-        return cls(torch.randperm(size, generator=generator), dim=dim)
+        return cls(torch.randperm(size, generator=generator, device=None if generator is None else generator.device), dim=dim)
 
     @classmethod
     def reverse(cls, size: int, *, dim: int = 1) -> Permute:

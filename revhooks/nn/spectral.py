@@ -374,8 +374,8 @@ def _largest(weight: Tensor, shape: Sequence[int], dilation: Sequence[int], grou
 def _transforms(weight: Tensor, shape: Sequence[int], dilation: Sequence[int], groups: int) -> Iterator[Tensor]:
     """The kernel's matrices ``(n, C_out / groups, C_in / groups)``, some frequencies of one group at a time."""
     kernel = torch.zeros(*shape, *weight.shape[:2], dtype=torch.float64, device=weight.device)
-    taps = torch.cartesian_prod(*map(torch.arange, weight.shape[2:])).reshape(-1, len(shape))
-    places = (taps * torch.tensor(dilation)) % torch.tensor(tuple(shape))
+    taps = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in weight.shape[2:])).reshape(-1, len(shape))
+    places = (taps * torch.tensor(dilation, device="cpu")) % torch.tensor(tuple(shape), device="cpu")
     values = weight.double().flatten(2).permute(2, 0, 1)
     kernel.index_put_(tuple(places.to(weight.device).T), values, accumulate=True)  # a kernel wider than the input wraps
     matrices = torch.fft.fftn(kernel, dim=tuple(range(len(shape)))).flatten(0, -3)

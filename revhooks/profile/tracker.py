@@ -79,7 +79,7 @@ class Workload:
 def mean_square(output: Any) -> Tensor:
     """The mean square of all floating outputs: a loss for want of a better one."""
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-    return sum((t.square().mean() for t in tensors), torch.zeros(()))
+    return sum((t.square().mean() for t in tensors), torch.zeros((), device="cpu"))
 
 
 def training_step(work: Workload, *, reverse: bool) -> Callable[[], Run | None]:

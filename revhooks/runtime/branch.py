@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..effects import undone
 from ..errors import ModifiedError, explain
 from ..generators import Rng
+from ..precision import precision_of, restored
 from ..state import PLAIN, Buffers, Modes, modules_of
 from ..storage import Held
 from .attributes import Attributes
@@ -45,6 +46,7 @@ class CallState:
         "_ledger",
         "_modes",
         "_modules",
+        "_precision",
         "_statistics",
         "_tracker",
         "drew",
@@ -65,6 +67,7 @@ class CallState:
         known = facts.attributes[bool(roots) and roots[0].training]
         self._attributes = Attributes(frame.run, modules, known) if known.changes.possible else None
         self._modes = Modes.of_call(frame.device) if local else frame.modes
+        self._precision = frame.precision
         self.grad = torch.is_grad_enabled()
         self._tracker = frame.run.rng
         self._ledger = frame.run.ledger
@@ -139,10 +142,12 @@ class CallState:
         torch._C._set_grad_enabled(grad)
         try:
             modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
-            if modes is None:
+            changed = precision_of(self._device) != self._precision
+            if modes is None and not changed:
                 return self._with_state(call, reach)
-            with modes.restored():
-                return self._with_state(call, reach)
+            with modes.restored() if modes is not None else _NOTHING:
+                with restored(self._precision, self._device) if changed else _NOTHING:
+                    return self._with_state(call, reach)
         finally:
             torch._C._set_grad_enabled(before)
             if now is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capture import is_capturing
 from ..storage import BITS, Geometry, Held, Ledger, is_near, restride
 
 __all__ = ["Code", "code_of", "is_unshared", "mask_of"]
@@ -56,7 +57,8 @@ def code_of(tensor: Tensor, what: str) -> Code | None:
     """A smaller form of a tensor that no operation with a gradient has made; ``None`` if it has none."""
     if tensor.numel() < LEAST:
         return None
-    if tensor.dtype is not torch.bool and not is_near(tensor.device) and tensor.nbytes < WORTH_WAITING:
+    waits = not is_near(tensor.device) and (tensor.nbytes < WORTH_WAITING or is_capturing(tensor.device))
+    if waits and tensor.dtype is not torch.bool:
         return None  # what follows reads values
     if tensor.dtype is torch.int64 and not tensor.is_meta and tensor.is_contiguous():
         return _narrowed(tensor.detach().view(-1), what)
@@ -102,7 +104,8 @@ def _times(mask: Tensor, value: Tensor) -> Tensor:
     return mask.view(torch.uint8) * value
 
 
-_SHIFTS = torch.arange(8, dtype=torch.uint8)
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -110,14 +113,14 @@ def _pack(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.packbits(mask.numpy(), bitorder="little"))
     padded = F.pad(mask.to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (padded << _SHIFTS.to(mask.device)).sum(1, dtype=torch.uint8)
+    return (padded << _shifts(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack(bits: Tensor, size: int) -> Tensor:
     numpy = sys.modules.get("numpy")
     if bits.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
-    return (bits.unsqueeze(1) >> _SHIFTS.to(bits.device) & 1).view(-1)[:size].to(torch.bool)
+    return (bits.unsqueeze(1) >> _shifts(bits.device) & 1).view(-1)[:size].to(torch.bool)
 
 
 def _references(tensor: Tensor) -> int:
@@ -134,7 +137,7 @@ def _fewest() -> int:
             return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Hook().pack, lambda tensor: tensor):
-        F.max_pool2d(torch.zeros(1, 1, 2, 2, requires_grad=True) * 1, 2)
+        F.max_pool2d(torch.zeros(1, 1, 2, 2, device="cpu", requires_grad=True) * 1, 2)
     return min(seen)
 
 

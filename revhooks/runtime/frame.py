@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ..capture import is_capturing
+from ..errors import CaptureError, explain
 from ..generators import EVERY
+from ..precision import Precision, coarse, precision_of
 from ..state import Modes
 from ..storage import Held, is_near
 from .branch import STATE, STATISTICS, CallState
@@ -75,6 +79,8 @@ class Frame(abc.ABC):
         self._training = training
         self.device: torch.device
         self.modes: Modes | None
+        self.precision: Precision = ()
+        self.captured = False  # its call is part of a CUDA graph
         self.input_keys: set[int] = set()  # storages of its inputs; of a coupling, of the stream that a branch gets
         self.external: set[int] = set()  # storages of its parameters and buffers
         self.packed: set[int] = set()  # storages that were counted as saved
@@ -131,17 +137,44 @@ class Frame(abc.ABC):
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
         self.modes = Modes.of_call(device)
+        self.precision = precision_of(device)
+        self.captured = is_capturing(device)
         run, known = self.run, self.facts.draws(self._training)
+        if self.captured:
+            self._check_capture(known)
         self.draws = known.inside
-        self._marked = bool(known.inside) or known.outside or run.marks is None
+        self._marked = not self.captured and (bool(known.inside) or known.outside or run.marks is None)
         if self._marked:
             marks = run.rng.marks(device)
             self._drew_outside = run.marks is not None and marks != run.marks
             run.marks = marks
 
+    def _check_capture(self, known: Draws) -> None:
+        """Raise unless earlier calls have shown that this one can be repeated in a CUDA graph."""
+        if not self.facts.drew(self._training):
+            raise CaptureError(
+                explain(
+                    f"{self.label}, while a CUDA graph is captured",
+                    expected="a block that has run in this mode before",
+                    got="its first call",
+                    remedy="run four steps or more under reversible() before the capture, as a CUDA graph needs anyway",
+                )
+            )
+        if "torch" in known.inside:
+            raise CaptureError(
+                explain(
+                    f"{self.label}, while a CUDA graph is captured",
+                    expected="a block that draws no random numbers, for a replay has to draw the same",
+                    got="one that does, and a generator cannot be read now",
+                    remedy="exclude it with keep=, set its dropout to 0, or leave it out of the graph",
+                )
+            )
+
     def surprised(self) -> bool:
         """Whether random numbers were drawn that no earlier call of the block has drawn; learn it."""
         run = self.run
+        if self.captured:
+            return False
         marks = run.rng.marks(self.device)
         moved = marks != run.marks
         run.marks = marks
@@ -151,7 +184,9 @@ class Frame(abc.ABC):
 
     def end(self, states: Sequence[CallState]) -> None:
         """After the call: learn whether it drew random numbers; where that was not foreseen it is kept this time."""
-        if self.draws:
+        if self.captured:
+            self.run.marks = None
+        elif self.draws:
             drew = frozenset[str]().union(*(state.drew for state in states))
             self.facts.learn_draws(self._training, Draws(drew, self._drew_outside))
             self.run.marks = self.run.rng.marks(self.device)
@@ -160,11 +195,21 @@ class Frame(abc.ABC):
         self.packed.clear()
 
     def bounds(self, stream: Tensor) -> tuple[float, float]:
-        """The guard's bounds for a stream; autocast branches make it as coarse as their dtype."""
-        bounds = tolerance(stream.dtype)
-        for _, dtype in self.modes.autocast if self.modes is not None else ():
-            bounds = max(bounds, tolerance(dtype))
-        return bounds
+        """The guard's bounds for a stream."""
+        return tolerance(self.coarsest(stream.dtype))
+
+    def coarsest(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that says how good a stream is: its own, that of autocast branches, or what products round it to."""
+        dtypes = [dtype, *(autocast for _, autocast in (self.modes.autocast if self.modes is not None else ()))]
+        if dtype in _ROUNDED and not self.exact:
+            rounded = coarse(self.precision, self.device, convolves=self.convolves)
+            dtypes += [] if rounded is None else [rounded]
+        return max(dtypes, key=tolerance)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether its call may have convolutions or recurrences."""
+        return True
 
     def keep(self, why: str) -> None:
         """Stay as it is until backward, and say why."""
@@ -180,7 +225,8 @@ class Frame(abc.ABC):
             return False
         if is_near(tensor.device):
             return _has_exact_zeros(tensor)
-        return self.facts.has_zeros((place, self._training), lambda: _has_exact_zeros(tensor))
+        look = None if self.captured else lambda: _has_exact_zeros(tensor)
+        return self.facts.has_zeros((place, self._training), look)
 
     def link(self, tensor: Tensor, place: object = 0, grid_bits: int | None = None, *, keeps_zeros: bool = False) -> Value | None:
         """The earlier frame's output that ``tensor`` is, if this frame is to give it back.
@@ -223,6 +269,7 @@ class Frame(abc.ABC):
         run.guard.check_replay(rebuilt, original, self.bounds(original), label, self.facts.look_again, run.at_end)
 
 
+_ROUNDED = (torch.float32, torch.complex64)  # by TF32
 _EVERY_ELEMENT = 1 << 16  # below, zeros are looked for everywhere
 _STRIDES = (67, 257, 1031, 4099, 16411, 65537)  # primes: rows, columns, channels and borders are all met
 
@@ -249,6 +296,18 @@ class ModuleFrame(Frame):
     def label(self) -> str:
         """How errors, warnings and reports call it."""
         return self.run.label(self.module, self.ordinal)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether its call may have convolutions or recurrences: their weights tell."""
+        return self.facts.convolves(lambda: _convolves(self.module))
+
+
+def _convolves(module: nn.Module) -> bool:
+    """A kernel has three dimensions or more; a recurrence is known by its class, anything lazy not at all."""
+    if any(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in module.modules()):
+        return True
+    return any(is_lazy(parameter) or parameter.dim() > 2 for parameter in module.parameters())
 
 
 class Head:

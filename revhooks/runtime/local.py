@@ -58,6 +58,11 @@ class Packer:
         raise NotImplementedError
 
     @property
+    def frame(self) -> Frame | None:
+        """The frame in which something is run, or run again."""
+        return None
+
+    @property
     def replaying(self) -> bool:
         """Whether something is being run again."""
         return False
@@ -129,6 +134,11 @@ class saving_to(Packer):  # noqa: N801 - used as a function
         return self._frame.run
 
     @property
+    def frame(self) -> Frame:
+        """The frame."""
+        return self._frame
+
+    @property
     def replaying(self) -> bool:
         """Whether it is in a call that is run again."""
         return self._replaying
@@ -172,8 +182,13 @@ class Filling(Packer):
     @property
     def owner(self) -> Run | None:
         """The run, as long as it is there."""
-        frame = self.slots.frame if self.slots is not None else None
+        frame = self.frame
         return frame.run if frame is not None else None
+
+    @property
+    def frame(self) -> Frame | None:
+        """The frame, as long as it is there."""
+        return self.slots.frame if self.slots is not None else None
 
     @property
     def replaying(self) -> bool:

@@ -1,24 +1,28 @@
 """Offload: what must be kept waits in host memory (``reversible(offload=True)``).
 
-Copies run on a stream of their own. A tensor on its way out is freed by the allocator when its copy is done, without anyone
-waiting; on its way back it is started while those after it in the graph are used. A host copy is freed when its handle dies,
-whether it was ever unpacked or not. On a device without a mover, as the CPU, nothing is moved.
+Copies run on a stream of their own. A tensor on its way out is held until the stream that made it has waited for its copy, which
+it does when too many bytes are on their way: so copies lag behind by so many and no more, however far the host runs ahead, and
+the host waits for nothing. On its way back a tensor is started while those after it in the graph are used. A host copy is freed
+when its handle dies, whether it was ever unpacked or not. On a device without a mover, as the CPU, nothing is moved.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..capture import is_capturing
 from ..storage import Geometry, Held, Ledger, version_probe
 
-__all__ = ["HeldAway", "Offload", "Parked"]
+__all__ = ["HeldAway", "Leaving", "Offload", "Parked"]
 
 LEAST = 1 << 18  # bytes; below, a transfer takes longer than it is worth
+LAG = 1 << 27  # bytes that may be on their way out
 AHEAD = 2  # how many are fetched before they are asked for
 
 
@@ -30,8 +34,37 @@ class Mover(Protocol):
         ...
 
     def back(self, host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
-        """Start to copy it back; the function lets what follows wait for it."""
+        """Start to copy it back; the function lets what follows wait for it, and is called before the tensor goes."""
         ...
+
+
+class Leaving:
+    """Tensors on their way out, the oldest first: each is held until its stream has waited for its copy.
+
+    The allocator gives the memory of a tensor that was used on another stream (`Tensor.record_stream`) to somebody else when the
+    host sees that the use is over: a host that runs ahead never does. In the order of its own stream it may go at once.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Tensor, Any, Any]] = deque()
+        self.nbytes = 0
+
+    def add(self, tensor: Tensor, home: Any, done: Any) -> None:
+        """Hold a tensor of the stream ``home`` until its copy is ``done``, which is an event; let go of older ones."""
+        self._queue.append((tensor, home, done))
+        self.nbytes += tensor.nbytes
+        while self._queue and (self._queue[0][2].query() or (self.nbytes > LAG and len(self._queue) > 1)):
+            self._let_go()
+
+    def clear(self) -> None:
+        """What follows comes after all copies."""
+        while self._queue:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        tensor, home, done = self._queue.popleft()
+        home.wait_event(done)
+        self.nbytes -= tensor.nbytes
 
 
 class CudaMover:
@@ -39,6 +72,7 @@ class CudaMover:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._leaving: dict[torch.device, Leaving] = {}
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
@@ -47,19 +81,24 @@ class CudaMover:
 
     def out(self, tensor: Tensor) -> Tensor:
         """Start to copy a dense tensor to host memory."""
-        stream = self._stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        stream, home = self._stream(tensor.device), torch.cuda.current_stream(tensor.device)
+        stream.wait_stream(home)
         host = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=True)
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
+            done = stream.record_event()
+        tensor.record_stream(home)  # if it is another one's
+        self._leaving.setdefault(tensor.device, Leaving()).add(tensor, home, done)
         return host
 
     def back(self, host: Tensor, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """Start to copy it back; the function lets what follows wait for it."""
         stream = self._stream(device)
+        self._leaving.setdefault(device, Leaving()).clear()
+        # memory of the stream that will use it, so that it goes again in the order of that one
+        tensor = torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device=device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            tensor = torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device=device)
             tensor.copy_(host, non_blocking=True)
             done = stream.record_event()
 
@@ -86,6 +125,7 @@ class Offload:
         """Whether a tensor is worth moving: a large one, and all that lies in its memory."""
         return (
             tensor.device.type in MOVERS
+            and not is_capturing(tensor.device)
             and LEAST <= tensor.nbytes == tensor.untyped_storage().nbytes()
             and (tensor.is_contiguous() or Geometry.of(tensor).dense)
         )
@@ -125,12 +165,16 @@ class _Away:
         self._mover = mover
         self._place = place
         self._device = tensor.device
-        self._host = mover.out(tensor)
         self._coming: tuple[Held, Callable[[], None]] | None = None
+        self._host: Any = None  # nothing is counted yet
+        self._host = mover.out(tensor)
         offload.ledger.move_out(self._host.nbytes)
 
     def __del__(self) -> None:
-        self._offload.ledger.offloaded -= self._host.nbytes
+        if self._coming is not None:  # nobody has asked for it
+            self._coming[1]()
+        if self._host is not None:
+            self._offload.ledger.offloaded -= self._host.nbytes
 
     def start(self) -> tuple[Held, Callable[[], None]]:
         """Start to fetch it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, explain
 from ..registry import Registration
 from ..storage import Held, is_near, is_opaque, restride, storage_key, version_of
@@ -170,6 +171,9 @@ class OpaqueFrame(ModuleFrame):
         if self._is_cheaply_replayed(args, kwargs):
             self.facts.learn_inversion(self.key, Inversion(0, (), replay=True))
             return self.facts.inversion(self.key)
+        if is_capturing(self.device):
+            self.keep(CAPTURED)
+            return None
         if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
             self.keep("its output is not finite")
             return None

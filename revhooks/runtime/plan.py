@@ -82,6 +82,11 @@ class Finding:
         return 0 <= self._looks < self.LOOKS
 
     @property
+    def unseen(self) -> bool:
+        """Whether nobody has looked."""
+        return not self._looks
+
+    @property
     def possible(self) -> bool:
         """Whether it was found, or is still looked for."""
         return self._looks < self.LOOKS
@@ -116,6 +121,7 @@ class Facts:
 
     __slots__ = (
         "_branches",
+        "_convolves",
         "_draws",
         "_goes",
         "_inversions",
@@ -133,6 +139,7 @@ class Facts:
 
     def __init__(self, *, many: bool = False) -> None:
         self._many = many
+        self._convolves: bool | None = None
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
@@ -151,6 +158,10 @@ class Facts:
         """Which generators its calls in this mode draw from."""
         return self._draws.get(training, _UNKNOWN)
 
+    def drew(self, training: bool) -> bool:
+        """Whether it is known what its calls in this mode draw."""
+        return training in self._draws
+
     def learn_draws(self, training: bool, draws: Draws) -> None:
         """Remember what a call has shown."""
         if self._many and training in self._draws:
@@ -158,11 +169,22 @@ class Facts:
             draws = Draws(known.inside | draws.inside, known.outside or draws.outside)
         self._draws[training] = draws
 
-    def has_zeros(self, place: object, look: Callable[[], bool]) -> bool:
-        """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls."""
+    def convolves(self, look: Callable[[], bool]) -> bool:
+        """Whether there are convolutions or recurrences; ``look`` says so, once."""
+        if self._convolves is None:
+            self._convolves = self._many or look()
+        return self._convolves
+
+    def has_zeros(self, place: object, look: Callable[[], bool] | None) -> bool:
+        """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls.
+
+        Without ``look`` it is what is known, and the worst where nothing is.
+        """
         zeros = self._zeros.get(place)
         if zeros is None:
             zeros = self._zeros[place] = Finding()
+        if look is None:
+            return zeros.found or zeros.unseen
         if zeros.sought:
             zeros.note(look())
         return zeros.found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture import is_capturing
 from ..errors import ReplayError, explain
 from ..fingerprint import fingerprint
 from ..ops import Leaf, is_doubtful, is_operation, is_view, operation, saves_result
@@ -87,7 +88,7 @@ class Recipe:
 
     def leave(self, tensor: Tensor) -> None:
         """The Value lets go of its tensor."""
-        if self._fingerprint is None and self._run.guard.mode != "off" and not tensor.is_meta:
+        if self._fingerprint is None and self._run.guard.mode != "off" and not tensor.is_meta and not is_capturing(tensor.device):
             self._fingerprint = fingerprint(tensor)
 
     def tensor(self, geometry: Geometry) -> Tensor:
@@ -101,7 +102,7 @@ class Recipe:
             raise self._differs(f"shape {tuple(geometry.size)}", f"{tuple(result.shape)}")
         if result.stride() != geometry.stride:
             result = restride(result, geometry.stride)
-        if self._fingerprint is not None:
+        if self._fingerprint is not None and not is_capturing(result.device):
             self._compare(fingerprint(result), self._fingerprint)
         return result
 
@@ -300,6 +301,8 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
         return False
     if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
         return True
+    if is_capturing(base.device):
+        return False
     known = _computes(run, step, base)
     if len(_trials) > 4096:
         _trials.clear()
@@ -308,6 +311,8 @@ def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search)
 
 
 def _computes(run: Run, step: _Step, base: Tensor) -> bool:
+    if is_capturing(base.device):
+        return False
     before = run.rebuilt
     try:
         return torch.equal(_plainly(step), base)

@@ -18,7 +18,7 @@ from ..storage import is_opaque, version_of
 from .arguments import Arguments
 from .branch import CallState
 from .frame import ARGUMENT, NEWEST, REMEDIES, Frame
-from .local import Give, saving_to, surrounding
+from .local import Give, packer, saving_to, surrounding
 from .objects import Objects
 from .plan import Facts, facts_of
 from .sketch import Sketch
@@ -141,7 +141,8 @@ class ReplayFrame(Frame):
         super().__init__(run, region.facts, training=region.training)
         self.region = region
         self.slots = run.slots(self, 0, region.facts, replayed=True)
-        self.nested = LOCAL.sink is not None or LOCAL.filling is not None
+        around = packer()
+        self.nested = around is not None and around.inside
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
         self._tail: Tail | None = None  # before which a replay ends
@@ -192,7 +193,7 @@ class ReplayFrame(Frame):
         if not self.slots.intact():
             self.keep("a tensor that it saved was changed in place")
             return
-        if self.run.guard.mode != "off":
+        if self.run.guard.mode != "off" and not self.captured:
             self._sketch = Sketch(self.slots.there())
         if self._early_stop:
             self._tail = Tail(self.slots, self.run.ledger, self._given // _SHARE)
@@ -262,5 +263,5 @@ class ReplayFrame(Frame):
 
 def _outer_save() -> Callable[[Tensor], Give] | None:
     """How the surrounding frame saves a tensor, if there is one: it is being run, or run again."""
-    packer = surrounding()
-    return packer.save if packer is not None and packer.inside else None
+    around = surrounding()
+    return around.save if around is not None and around.inside else None

@@ -450,7 +450,8 @@ def _saves_nothing_of_ours() -> bool:
 
 def _is_in_another(module: nn.Module) -> bool:
     """Whether a call lies in a frame of one other named module: what lies deeper would be run again once a level."""
-    frame = LOCAL.sink[1] if LOCAL.sink is not None else LOCAL.filling.slots.frame if LOCAL.filling is not None else None
+    around = packer()
+    frame = around.frame if around is not None else None
     return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
 
 

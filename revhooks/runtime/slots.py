@@ -154,11 +154,6 @@ class Slots:
             self._packed = 0
 
     @property
-    def frame(self) -> Frame | None:
-        """Whose they are."""
-        return self._frame()
-
-    @property
     def packed_bytes(self) -> int:
         """What plain autograd would hold for them, and for no slots of the frame before."""
         return self._packed
@@ -323,7 +318,7 @@ class Slots:
         """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
         if self._leaves[index] != _LEAF or self.tensors[index] is None:
             return False
-        return is_again(tensor.detach(), self.entry(index), exact=frame.exact)
+        return is_again(tensor.detach(), self.entry(index), exact=frame.exact, computed=frame.coarsest(tensor.dtype))
 
     # -- errors
 

@@ -87,10 +87,11 @@ class Value(Source):
     )
 
     def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
-        storage = tensor.untyped_storage()
-        self.run = run
+        # first what may raise: a Value that has no run was never made
+        storage, detached, version = tensor.untyped_storage(), tensor.detach(), tensor._version
+        self.nbytes = nbytes = storage.nbytes()  # of the memory that it stands for
         self.key = self._tensor_key = key = storage._cdata
-        self.version = tensor._version
+        self.version = self._tensor_version = version
         self.dtype = tensor.dtype
         self.why = why
         self.what = what
@@ -100,20 +101,21 @@ class Value(Source):
         self.maker: type | None = None  # the kind of node that made it
         self.pinned = False  # a handle needs it
         self._packed = 0
-        self._tensor: Tensor | None = tensor.detach()  # Rule 2
-        self._tensor_version = self.version
         self._geometry: Geometry | None = None
         self._pieces: list[Held] | None = None
         self._dim = 0
         self._probe: Tensor | None = None
         self._reserved: object = None
-        self.nbytes = nbytes = storage.nbytes()  # of the memory that it stands for
-        run.ledger.hold(key, nbytes)
+        self._tensor: Tensor | None = detached  # Rule 2
         self.values = run.values if values is None else values  # where it can be found
+        run.ledger.hold(key, nbytes)
+        self.run = run
         self.values[key] = weakref.ref(self)
 
     def __del__(self) -> None:
-        run = self.run
+        run = getattr(self, "run", None)
+        if run is None:
+            return
         if self._tensor is not None:
             run.ledger.drop(self._tensor_key)
         run.ledger.packed -= self._packed

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
+from .storage import clone_of, copy_of, is_opaque, same_values, storage_key, version_of, versions_of
+
 __all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
 
 
@@ -147,12 +149,12 @@ class Buffers:
                         self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
-        self._copies = [None if is_lazy(tensor) else tensor.detach().clone() for tensor in self._read] if closely else ()
+        self._copies = [None if is_lazy(tensor) else copy_of(tensor) for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
         self._grads = [tensor.requires_grad for tensor in read]
-        self._versions = [tensor._version for tensor in read]
+        self._versions = versions_of(read)
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
@@ -165,7 +167,7 @@ class Buffers:
             return
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
-            self._first += ((module, {n: (b, detached_clone(b), b._version) for n, b in present}),)
+            self._first += ((module, {n: (b, detached_clone(b), version_of(b)) for n, b in present}),)
         elif known:
             self._before += tuple((owner, n, detached_clone(buffer), buffer) for n, buffer in present if n in known)
             if owned:
@@ -189,18 +191,20 @@ class Buffers:
             owner: _Owner = module._buffers
             moved = set()
             for name, (buffer, copy, version) in copies.items():
-                if owner.get(name) is not buffer or buffer._version != version or not _same(buffer, copy):
+                if owner.get(name) is not buffer or version_of(buffer) != version or not _same(buffer, copy):
                     moved.add(name)
                     self._before += ((owner, name, copy, buffer),)
             _mutable.setdefault(module, {})[module.training] = frozenset(moved)
             if self._owned:
                 self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
+        # what has no copy cannot be put back
+        kept = kept and not any(before is buffer is owner.get(name) for owner, name, before, buffer in self._before)
         if self._first:
             self._first = ()
             versions = self._versions
             self._collect()
             return self._versions[: len(versions)] == versions and not wrote and kept, wrote
-        if [tensor._version for tensor in self._read] == self._versions:
+        if versions_of(self._read) == self._versions:
             return not wrote and kept, wrote
         for owner, _ in self._owners:
             _forget(owner)
@@ -215,9 +219,9 @@ class Buffers:
 
     def modified(self) -> str | None:
         """The name of a parameter or buffer that was changed in place since the call, if any."""
-        if [tensor._version for tensor in self._read] == self._versions:
+        if versions_of(self._read) == self._versions:
             return None
-        changed = [t for t, v in zip(self._read, self._versions, strict=True) if t._version != v]
+        changed = [t for t, v in zip(self._read, self._versions, strict=True) if version_of(t) != v]
         names = (name for owner, _ in self._owners for name, tensor in owner.items() if tensor is changed[0])
         return next(names, "one that was replaced")
 
@@ -258,9 +262,9 @@ class Buffers:
         now = [(owner, name, owner.get(name)) for owner, name in self._written]
         now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
         for owner, name, buffer in now[: len(self._written)]:
-            owner[name] = None if buffer is None else buffer.detach().clone()
+            owner[name] = None if buffer is None else copy_of(buffer)
         for owner, name, before, _ in self._before:
-            owner[name] = before.clone()  # no leaf, where it carries gradients: it may be written to
+            owner[name] = clone_of(before)  # no leaf, where it carries gradients: it may be written to
         try:
             yield
         finally:
@@ -303,7 +307,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
     """Try something on a module, and leave its parameters, buffers and attributes as they are."""
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
+    copies = [(tensor, copy_of(tensor), version_of(tensor)) for tensor in tensors]
     owners: list[Any] = [owner for m in modules for owner in (m._parameters, m._buffers)]
     registered = [(owner, dict(owner)) for owner in owners]
     own = [(module, _snapshot(module)) for module in modules]
@@ -314,7 +318,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
             owner.clear()
             owner.update(before)
         for tensor, copy, version in copies:
-            if tensor._version != version or not _same(tensor, copy):
+            if version_of(tensor) != version or not _same(tensor, copy):
                 _overwrite(tensor, copy)
         for module, snapshot in own:
             give_attributes(module, {name: value for name, (value, _) in snapshot.items()})
@@ -354,12 +358,13 @@ def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str]
 
 def detached_clone(tensor: Tensor) -> Tensor:
     """A copy as a leaf, which requires a gradient if the tensor does."""
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    copy = copy_of(tensor)
+    return copy.requires_grad_() if tensor.requires_grad and copy is not tensor else copy
 
 
 def _add_key(keys: set[int], tensor: Tensor | None) -> None:
-    if tensor is not None and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-        keys.add(tensor.untyped_storage()._cdata)
+    if tensor is not None and not is_opaque(tensor):
+        keys.add(storage_key(tensor))
 
 
 def _forget(owner: _Owner) -> None:
@@ -373,4 +378,4 @@ def _overwrite(buffer: Tensor, value: Tensor) -> None:
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
+    return b is not None and same_values(a, b)

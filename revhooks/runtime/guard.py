@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..record import WorstError
-from ..storage import is_near
+from ..storage import is_near, is_opaque
 
 if TYPE_CHECKING:
     from .plan import Fallback
@@ -160,7 +160,7 @@ class Guard:
 
     def sample(self, tensor: Tensor) -> Sample | None:
         """A copy of a few hundred elements from everywhere; ``None`` when the guard is off."""
-        if self.mode == "off" or not is_measured(tensor):
+        if self.mode == "off" or is_opaque(tensor) or not is_measured(tensor):
             return None
         tensor = tensor.detach()
         if tensor.numel() <= SAMPLES:

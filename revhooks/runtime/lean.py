@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import is_opaque
+from ..storage import is_opaque, version_of, without_graph
 from .handle import SlotHandle, ViewHandle
 from .slots import ALONE, DEAD, EnoughError, Slots, kind_of, looks_of
 
@@ -50,7 +50,7 @@ class LeanSlots(Slots):
         if self._plain:
             return super().save(tensor, frame)
         self._leaves.append(kind_of(tensor))
-        self._versions.append(tensor._version)
+        self._versions.append(version_of(tensor))
         if is_opaque(tensor):
             self._seen.append((None, ALONE, 0))
         else:
@@ -205,10 +205,10 @@ class LeanSlots(Slots):
         def pack(tensor: Tensor) -> Any:
             index, frame = len(entries), self._frame()  # weak: a buffer may keep the graph of a replay, and this function
             if index == stop:  # all is there; this is code that cleans up
-                return tensor.detach()
+                return without_graph(tensor)
             if index < len(self._looks):
                 self._verify(index, tensor)
-            entry: Any = tensor.detach()
+            entry: Any = without_graph(tensor)
             if frame is not None and not self._is_dead(index):  # as which it may be written to
                 entry = frame.run.pack_inside(tensor, self, frame.label)
             entries.append(entry)

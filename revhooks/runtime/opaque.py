@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
-from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
+from ..storage import (
+    Geometry,
+    Held,
+    copy_of,
+    is_near,
+    is_opaque,
+    own_storage_key,
+    restride,
+    storage_key,
+    stride_of,
+    version_of,
+    version_probe,
+)
 from .arguments import Arguments
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Head, ModuleFrame
@@ -23,7 +35,7 @@ from .local import saving_to
 from .objects import Objects
 from .plan import Facts, Inversion, facts_of
 from .slots import Slots
-from .tree import leaves_of, map_leaves, map_tensors, tensors_of
+from .tree import flatten, leaves_of, map_tensors, tensors_of
 from .value import Value, fetch, freed, modified
 
 if TYPE_CHECKING:
@@ -44,8 +56,8 @@ class _Call:
         self.child = child
         self.slots = Slots(frame, 0)
         self.state = CallState(frame, (child,), facts_of(child), local=True)
-        self.shapes = [t.shape for t in tensors]
-        self.strides = [t.stride() for t in tensors]
+        self.shapes = [None if is_opaque(t) else t.shape for t in tensors]
+        self.strides = [stride_of(t) for t in tensors]
         self.grads = [t.requires_grad for t in tensors]
         self.sample: Sample | None = frame.run.guard.sample(tensors[0]) if tensors else None
         # a pre-hook (old weight norm, FSDP) runs outside of ``forward``, and an inverse runs it without grad
@@ -97,7 +109,7 @@ class OpaqueFrame(ModuleFrame):
         self.inversion = Inversion(0, ())
         self._children = branches_of(module)
         self._inverted = False  # its outputs are used up
-        self._shape: Any = None  # of the output: Values' places and constants
+        self._shape: Any = None  # of the output: `None` for Values and constants, and what makes it of leaves
         self._output_sample: Sample | None = None
 
     # -- forward
@@ -144,7 +156,7 @@ class OpaqueFrame(ModuleFrame):
         call = _Call(self, child, (args, kwargs))
         self.calls.append(call)
         inputs = self.input_keys
-        self.input_keys = inputs | {storage_key(t) for t in tensors_of((args, kwargs))}
+        self.input_keys = inputs | {own_storage_key(t) for t in tensors_of((args, kwargs))}
         try:
             with saving_to(call.slots, self, call.state.facts), call.state.watched():
                 output = proceed(*args, **kwargs)
@@ -152,7 +164,7 @@ class OpaqueFrame(ModuleFrame):
             self.input_keys = inputs
         call.state.finish(self.moved)
         if recording:  # copies: the block, or its inverse, may write into them
-            call.args = [t.detach().clone() for t in tensors_of((args, kwargs))]
+            call.args = [copy_of(t) for t in tensors_of((args, kwargs))]
             call.output = map_tensors(_copy, output)
         return output
 
@@ -177,7 +189,8 @@ class OpaqueFrame(ModuleFrame):
             self._output_sample = self.run.guard.sample(tensors[0])
         if not self.replayed:
             self.outputs = [Value(self.run, tensor, ANCHOR, self.label) for tensor in tensors]
-            self._shape = map_leaves(lambda leaf: None if isinstance(leaf, Tensor) else _Constant(leaf), output)
+            leaves, again = flatten(output)
+            self._shape = [None if isinstance(leaf, Tensor) else _Constant(leaf) for leaf in leaves], again
 
     def _learn(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inversion | None:
         """Try the inverse; what overflowed shows nothing."""
@@ -240,7 +253,7 @@ class OpaqueFrame(ModuleFrame):
         return Inversion(inputs, tuple(matches), self._judge(result, args[:inputs]))
 
     def _repeats(self, call: _Call, child: nn.Module, tensors: list[Tensor]) -> bool:
-        if call.child is not child or call.shapes != [t.shape for t in tensors]:
+        if call.child is not child or any(map(is_opaque, tensors)) or call.shapes != [t.shape for t in tensors]:
             return False
         return all(
             a.dtype == b.dtype and relative_error(a, b) <= self.bounds(b)[0] for a, b in zip(tensors, call.args, strict=True)
@@ -372,7 +385,8 @@ class OpaqueFrame(ModuleFrame):
         copies = [value.tensor().clone() for value in self.outputs]  # Rule 11
         written = {storage_key(copy) for copy in copies}
         places = iter(copies)
-        output = map_leaves(lambda part: part.value if isinstance(part, _Constant) else next(places), self._shape)
+        leaves, again = self._shape
+        output = again(next(places) if leaf is None else leaf.value for leaf in leaves)
         args, kwargs = self._arguments()
         memo: dict[int, Any] = {}
         ordinal = iter(self.inversion.matches)
@@ -401,7 +415,9 @@ class OpaqueFrame(ModuleFrame):
     def _same_call(self, call: _Call, child: nn.Module, arguments: Any) -> bool:
         """Whether the inverse calls a branch on what forward called it on."""
         tensors = tensors_of(arguments)
-        if call.child is not child or not call.fills or [t.shape for t in tensors] != call.shapes:
+        if call.child is not child or not call.fills or any(map(is_opaque, tensors)):
+            return False
+        if [t.shape for t in tensors] != call.shapes:
             return False
         if not tensors:
             return True
@@ -498,10 +514,10 @@ def _not_a_leaf(tensor: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+    return copy_of(tensor)
 
 
-def _as_leaves(tree: Any, strides: list[tuple[int, ...]], grads: list[bool], written: set[int]) -> Any:
+def _as_leaves(tree: Any, strides: list[tuple[int, ...] | None], grads: list[bool], written: set[int]) -> Any:
     """The tensors as leaves, in the strides and with the ``requires_grad`` that they had in forward.
 
     An inverse may write later into what lies in ``written``: that is copied.
@@ -510,7 +526,7 @@ def _as_leaves(tree: Any, strides: list[tuple[int, ...]], grads: list[bool], wri
 
     def leaf(tensor: Tensor) -> Tensor:
         stride, grad = next(looks)
-        fresh = restride(tensor.clone() if storage_key(tensor) in written else tensor, stride)
+        fresh = restride(tensor.clone() if own_storage_key(tensor) in written else tensor, stride)
         return fresh.detach().requires_grad_(grad)
 
     return map_tensors(leaf, tree)

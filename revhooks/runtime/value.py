@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
-from ..storage import Geometry, Held, reserve, restride, version_probe
+from ..storage import Geometry, Held, reserve, restride, version_probe, without_graph
 
 if TYPE_CHECKING:
     from .codes import Code
@@ -100,7 +100,7 @@ class Value(Source):
         self.maker: type | None = None  # the kind of node that made it
         self.pinned = False  # a handle needs it
         self._packed = 0
-        self._tensor: Tensor | None = tensor.detach()  # Rule 2
+        self._tensor: Tensor | None = without_graph(tensor)  # Rule 2
         self._tensor_version = self.version
         self._geometry: Geometry | None = None
         self._pieces: list[Held] | None = None
@@ -139,6 +139,10 @@ class Value(Source):
     def held(self) -> bool:
         """Whether its elements are in memory."""
         return self._tensor is not None or self._pieces is not None
+
+    def is_made_of(self, tensor: Tensor) -> bool:
+        """Whether this very object is held."""
+        return self._tensor is tensor
 
     @property
     def current_version(self) -> int:

@@ -170,7 +170,8 @@ def parts_of(tensor: Tensor) -> list[Tensor] | None:
     with torch._C.DisableTorchFunctionSubclass():
         flatten = getattr(tensor, "__tensor_flatten__", None)
         if flatten is not None:
-            return [getattr(tensor, name) for name in flatten()[0]]
+            parts = [getattr(tensor, name) for name in flatten()[0]]
+            return [part for part in parts if isinstance(part, Tensor)]  # a mesh may be among them
         if tensor.is_nested:
             return list(tensor.unbind())
         getters = _PARTS.get(tensor.layout)
@@ -202,11 +203,15 @@ def _dispatches(kind: type) -> bool:
 
 def copy_of(tensor: Tensor) -> Tensor:
     """A copy without a graph; the tensor itself where its memory is not there, or its class cannot copy."""
-    if not is_opaque(tensor):
-        return tensor.detach().clone() if is_allocated(tensor) else tensor
+    if not is_allocated(tensor):
+        return tensor
     try:
-        return clone_of(leaf_of(tensor, requires_grad=False)) if is_allocated(tensor) else tensor
+        return _like(clone_of(leaf_of(tensor, requires_grad=False)), tensor)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):  # NotImplementedError among them
+        if not is_opaque(tensor):
+            raise
         return tensor
 
 
@@ -240,6 +245,8 @@ def same_values(a: Tensor, b: Tensor) -> bool:
             return False
         try:
             ours, theirs = parts_of(a), parts_of(b)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError):
             return True
         if ours is None or theirs is None:

@@ -16,9 +16,11 @@ from ..state import untouched
 from ..storage import (
     Geometry,
     Held,
+    clone_of,
     copy_of,
     is_near,
     is_opaque,
+    leaf_of,
     own_storage_key,
     restride,
     storage_key,
@@ -510,7 +512,7 @@ def _key_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _not_a_leaf(tensor: Tensor) -> Tensor:
     """A copy that code may write into, with the ``requires_grad`` of the original."""
-    return tensor.detach().requires_grad_(tensor.requires_grad).clone()
+    return clone_of(leaf_of(tensor, requires_grad=tensor.requires_grad))
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -527,6 +529,6 @@ def _as_leaves(tree: Any, strides: list[tuple[int, ...] | None], grads: list[boo
     def leaf(tensor: Tensor) -> Tensor:
         stride, grad = next(looks)
         fresh = restride(tensor.clone() if own_storage_key(tensor) in written else tensor, stride)
-        return fresh.detach().requires_grad_(grad)
+        return leaf_of(fresh, requires_grad=grad) if grad or fresh.requires_grad else fresh
 
     return map_tensors(leaf, tree)

@@ -21,7 +21,7 @@ from torch.utils._device import DeviceContext
 
 from .effects import undone
 from .owned import is_foreign, is_sharded
-from .storage import is_allocated
+from .storage import clone_of, copy_of, is_allocated, is_opaque, same_values, storage_key, version_of, versions_of
 
 __all__ = [
     "PLAIN",
@@ -180,7 +180,7 @@ class Buffers:
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
         self._grads = [tensor.requires_grad for tensor in read]
-        self._versions = [tensor._version for tensor in read]
+        self._versions = versions_of(read)
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
@@ -193,7 +193,7 @@ class Buffers:
             return
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
-            self._first += ((module, {n: (b, detached_clone(b), b._version) for n, b in present}),)
+            self._first += ((module, {n: (b, detached_clone(b), version_of(b)) for n, b in present}),)
         elif known:
             self._before += tuple((owner, n, detached_clone(buffer), buffer) for n, buffer in present if n in known)
             if owned:
@@ -217,18 +217,20 @@ class Buffers:
             owner: _Owner = module._buffers
             moved = set()
             for name, (buffer, copy, version) in copies.items():
-                if owner.get(name) is not buffer or buffer._version != version or not _same(buffer, copy):
+                if owner.get(name) is not buffer or version_of(buffer) != version or not _same(buffer, copy):
                     moved.add(name)
                     self._before += ((owner, name, copy, buffer),)
             _mutable.setdefault(module, {})[module.training] = frozenset(moved)
             if self._owned:
                 self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
+        # what has no copy cannot be put back
+        kept = kept and not any(before is buffer is owner.get(name) for owner, name, before, buffer in self._before)
         if self._first:
             self._first = ()
             versions = self._versions
             self._collect()
             return self._versions[: len(versions)] == versions and not wrote and kept, wrote
-        if [tensor._version for tensor in self._read] == self._versions:
+        if versions_of(self._read) == self._versions:
             return not wrote and kept, wrote
         for owner, _ in self._owners:
             _forget(owner)
@@ -243,9 +245,9 @@ class Buffers:
 
     def modified(self) -> str | None:
         """The name of a parameter or buffer that was changed in place since the call, if any."""
-        if [tensor._version for tensor in self._read] == self._versions:
+        if versions_of(self._read) == self._versions:
             return None
-        changed = [t for t, v in zip(self._read, self._versions, strict=True) if t._version != v]
+        changed = [t for t, v in zip(self._read, self._versions, strict=True) if version_of(t) != v]
         names = (name for owner, _ in self._owners for name, tensor in owner.items() if tensor is changed[0])
         return next(names, "one that was replaced")
 
@@ -287,9 +289,9 @@ class Buffers:
         now = [(owner, name, owner.get(name)) for owner, name in self._written]
         now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
         for owner, name, buffer in now[: len(self._written)]:
-            owner[name] = None if buffer is None else buffer.detach().clone()
+            owner[name] = None if buffer is None else copy_of(buffer)
         for owner, name, before, _ in self._before:
-            owner[name] = before.clone()  # no leaf, where it carries gradients: it may be written to
+            owner[name] = clone_of(before)  # no leaf, where it carries gradients: it may be written to
         try:
             yield
         finally:
@@ -332,7 +334,7 @@ def untouched(root: nn.Module) -> Iterator[None]:
     """Try something on a module, and leave its parameters, buffers and attributes as they are."""
     modules = list(root.modules())
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    copies = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors if is_allocated(tensor)]
+    copies = [(tensor, _copy_of(tensor), version_of(tensor)) for tensor in tensors]
     owners: list[Any] = [m._parameters for m in modules if not is_sharded(m)] + [m._buffers for m in modules]
     registered = [(owner, dict(owner)) for owner in owners]
     try:
@@ -343,18 +345,19 @@ def untouched(root: nn.Module) -> Iterator[None]:
             owner.clear()
             owner.update(before)
         for tensor, copy, version in copies:
-            if tensor._version != version or not _same(tensor, copy):
+            if version_of(tensor) != version or not _same(tensor, copy):
                 _overwrite(tensor, copy)
 
 
 def detached_clone(tensor: Tensor) -> Tensor:
     """A copy as a leaf, which requires a gradient if the tensor does."""
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    copy = copy_of(tensor)
+    return copy.requires_grad_() if tensor.requires_grad and copy is not tensor else copy
 
 
 def _add_key(keys: set[int], tensor: Tensor | None) -> None:
-    if tensor is not None and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-        keys.add(tensor.untyped_storage()._cdata)
+    if tensor is not None and not is_opaque(tensor):
+        keys.add(storage_key(tensor))
 
 
 def _forget(owner: _Owner) -> None:
@@ -370,7 +373,7 @@ def _is_readable(tensor: Tensor) -> bool:
 
 def _copy_of(tensor: Tensor) -> Tensor:
     """A copy, or the tensor itself if it is not to be looked at."""
-    return tensor.detach().clone() if _is_readable(tensor) else tensor
+    return copy_of(tensor) if _is_readable(tensor) else tensor
 
 
 def _overwrite(buffer: Tensor, value: Tensor) -> None:
@@ -378,6 +381,4 @@ def _overwrite(buffer: Tensor, value: Tensor) -> None:
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
-    if a is b or not is_allocated(a):
-        return True
-    return b is not None and a.shape == b.shape and (a.is_meta or bool(((a == b) | ((a != a) & (b != b))).all()))
+    return b is not None and same_values(a, b)

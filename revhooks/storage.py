@@ -18,17 +18,26 @@ __all__ = [
     "Geometry",
     "Held",
     "Ledger",
+    "clone_of",
     "compact",
+    "copy_of",
     "is_allocated",
     "is_alone",
     "is_leaf",
     "is_opaque",
     "is_parameter",
+    "leaf_of",
+    "own_storage_key",
+    "parts_of",
     "reserve",
     "restride",
+    "same_values",
     "storage_key",
+    "stride_of",
     "version_of",
     "version_probe",
+    "versions_of",
+    "without_graph",
 ]
 
 
@@ -63,9 +72,17 @@ class Geometry(NamedTuple):
         return True
 
 
+NO_STORAGE = 0  # in place of a key, of a tensor that has no storage of its own to speak of
+
+
 def storage_key(tensor: Tensor) -> int:
     """The key of the tensor's storage: unique while the storage or a weak reference to it lives."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def own_storage_key(tensor: Tensor) -> int:
+    """The same; of a tensor that is left alone `NO_STORAGE`."""
+    return NO_STORAGE if is_opaque(tensor) else storage_key(tensor)
 
 
 def reserve(tensor: Tensor) -> StorageWeakRef:
@@ -74,41 +91,171 @@ def reserve(tensor: Tensor) -> StorageWeakRef:
 
 
 def is_opaque(tensor: Tensor) -> bool:
-    """Whether the tensor is left alone: a subclass, not strided, or a lazy conjugate or negative."""
+    """Whether the tensor is left alone: it is not plain elements in a storage of its own, each at its place.
+
+    Subclasses, sparse, mkldnn, nested and quantized tensors, lazy conjugates and negatives.
+    """
     kind = type(tensor)
     return (
         (kind is not Tensor and kind is not Parameter)
         or tensor.layout is not torch.strided
         or tensor.is_conj()
         or tensor.is_neg()
+        or tensor.is_nested
+        or tensor.is_quantized
     )
 
 
 def is_allocated(tensor: Tensor) -> bool:
-    """Whether the memory in which the tensor lies is there: libraries free a storage between calls and keep its tensors.
+    """Whether the memory that the tensor stands for is there; frameworks resize it to nothing between calls.
 
     Example:
-        >>> x = torch.zeros(3)
-        >>> is_allocated(x)
-        True
-        >>> _ = x.untyped_storage().resize_(0)
-        >>> is_allocated(x)
-        False
+        >>> x = torch.zeros(4)
+        >>> is_allocated(x), x.untyped_storage().resize_(0) is None, is_allocated(x)
+        (True, False, False)
     """
-    if tensor.layout is not torch.strided or tensor.is_meta:
+    if type(tensor) not in _PLAIN_TYPES:
+        return all(map(is_allocated, parts_of(tensor) or ()))
+    if tensor.layout is not torch.strided or tensor.is_nested:  # nobody resizes those
         return True
-    parts = getattr(type(tensor), "__tensor_flatten__", None)
-    if parts is not None:  # a wrapper, whose own storage is never there
-        inner = [getattr(tensor, name) for name in parts(tensor)[0]]
-        return all(is_allocated(part) for part in inner if isinstance(part, Tensor))
+    if tensor.is_meta or not tensor.numel():
+        return True
+    return Geometry.of(tensor).interval[1] * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """What is kept of a tensor (Rule 2): the very object if it needs no gradient, else an alias without its graph.
+
+    Backward gets such an object as it is, with its class and its attributes: a quantised weight carries its scale so.
+    """
+    if type(tensor) in _PLAIN_TYPES:
+        return tensor.detach() if tensor.requires_grad else tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return _alias(tensor) if tensor.requires_grad else tensor
+
+
+def leaf_of(tensor: Tensor, *, requires_grad: bool) -> Tensor:
+    """An alias of the tensor, of the same class, that has no graph."""
+    if type(tensor) in _PLAIN_TYPES:
+        return tensor.detach().requires_grad_(requires_grad)
+    with torch._C.DisableTorchFunctionSubclass():
+        return _alias(tensor).requires_grad_(requires_grad)
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """A detached alias of a subclass, with the attributes."""
+    alias, kind = tensor.detach(), type(tensor)
+    if type(alias) is not kind:
+        if _dispatches(kind):  # what it shows is not what it has
+            return alias
+        alias = alias.as_subclass(kind)
+    return _like(alias, tensor)
+
+
+def _like(fresh: Tensor, tensor: Tensor) -> Tensor:
+    """Give it the attributes of another tensor."""
+    for name, value in tensor.__dict__.items():
+        fresh.__dict__.setdefault(name, value)
+    return fresh
+
+
+def parts_of(tensor: Tensor) -> list[Tensor] | None:
+    """The tensors that one which is left alone is made of; ``None`` if that is not known.
+
+    Example:
+        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse_csr())]
+        [[0, 1, 2], [0, 1], [1.0, 1.0]]
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None:
+            parts = [getattr(tensor, name) for name in flatten()[0]]
+            return [part for part in parts if isinstance(part, Tensor)]  # a mesh may be among them
+        if tensor.is_nested:
+            return list(tensor.unbind())
+        getters = _PARTS.get(tensor.layout)
+        if getters is not None:
+            return [getattr(tensor, name)() for name in getters]
+        if tensor.is_quantized:
+            return [tensor.int_repr()]
+        if type(tensor) not in _PLAIN_TYPES:
+            return None if _dispatches(type(tensor)) else [tensor.as_subclass(Tensor)]
+        return [tensor.resolve_conj().resolve_neg()] if tensor.is_conj() or tensor.is_neg() else None
+
+
+_PLAIN_TYPES = (Tensor, Parameter)
+_COLUMNS, _ROWS = ("ccol_indices", "row_indices", "values"), ("crow_indices", "col_indices", "values")
+_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _ROWS,
+    torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS,
+    torch.sparse_bsc: _COLUMNS,
+    torch._mkldnn: ("to_dense",),  # type: ignore[attr-defined]
+}
+
+
+def _dispatches(kind: type) -> bool:
+    """Whether a subclass takes the operations over: its own elements are then not those that it shows."""
+    return getattr(kind, "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy without a graph; the tensor itself where its memory is not there, or its class cannot copy."""
+    if not is_allocated(tensor):
+        return tensor
     try:
-        available = tensor.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):  # it has none
+        return _like(clone_of(leaf_of(tensor, requires_grad=False)), tensor)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # NotImplementedError among them
+        if not is_opaque(tensor):
+            raise
+        return tensor
+
+
+def clone_of(tensor: Tensor) -> Tensor:
+    """A clone of the same kind: of a subclass, and a lazy conjugate or negative again."""
+    if type(tensor) not in _PLAIN_TYPES:
+        clone, kind = tensor.clone(), type(tensor)
+        return _like(clone if type(clone) is kind or _dispatches(kind) else clone.as_subclass(kind), tensor)
+    if tensor.is_conj():
+        return clone_of(tensor.conj()).conj()
+    if tensor.is_neg():
+        return torch._neg_view(clone_of(torch._neg_view(tensor)))
+    return _like(tensor.clone(), tensor)
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one kind have the same elements; two NaNs are the same.
+
+    What cannot be compared counts as the same: its version tells of changes.
+
+    Example:
+        >>> same_values(torch.eye(2).to_sparse(), torch.eye(2).to_sparse()), same_values(torch.ones(1), torch.zeros(1))
+        (True, False)
+    """
+    if a is b:
         return True
-    if not tensor.numel():
+    if type(a) in _PLAIN_TYPES and type(b) in _PLAIN_TYPES:
+        a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
+    if is_opaque(a) or is_opaque(b):
+        if is_opaque(a) is not is_opaque(b):
+            return False
+        try:
+            ours, theirs = parts_of(a), parts_of(b)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            return True
+        if ours is None or theirs is None:
+            return True
+        return len(ours) == len(theirs) and all(map(same_values, ours, theirs))
+    if a.shape != b.shape:
+        return False
+    if a.is_meta or not (is_allocated(a) and is_allocated(b)):
         return True
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return bool((int(tensor.storage_offset()) + last + 1) * tensor.element_size() <= available)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 _NEAR = frozenset({"cpu"})
@@ -156,7 +303,23 @@ _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 def version_of(tensor: Tensor) -> int:
     """The tensor's version; 0 for an inference tensor, which has none."""
-    return 0 if tensor.is_inference() else tensor._version
+    if type(tensor) in _PLAIN_TYPES:
+        return 0 if tensor.is_inference() else tensor._version
+    with torch._C.DisableTorchFunctionSubclass():
+        return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """The versions of many tensors."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor
+        return [version_of(tensor) for tensor in tensors]
+
+
+def stride_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides of a tensor; ``None`` where it has none to speak of."""
+    return None if is_opaque(tensor) else tensor.stride()
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -185,12 +348,12 @@ def is_alone(tensor: Tensor) -> bool:
     return tensor.nbytes == storage.nbytes() and int(torch._C._storage_Use_Count(storage._cdata)) == 2
 
 
-def restride(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """``tensor`` in the given strides; a copy only when it has others.
+def restride(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+    """``tensor`` in the given strides, if any; a copy only when it has others.
 
     Strides whose elements overlap, as of an expanded tensor, are given back by expanding again.
     """
-    if tensor.stride() == stride:
+    if stride is None or tensor.stride() == stride:
         return tensor
     if 0 in stride:
         whole = [slice(0, 1) if not step else slice(None) for step in stride]
@@ -277,7 +440,9 @@ class Ledger:
 
 
 class Held:
-    """A tensor that counts as held for as long as this object lives; ``before`` is the version that it had.
+    """A tensor that counts as held for as long as this object lives; one without a storage counts nothing.
+
+    ``before`` is the version that it had.
 
     Example:
         >>> ledger = Ledger()
@@ -296,7 +461,7 @@ class Held:
         self._ledger = ledger
         self.before = version_of(tensor)
         self.tensor = tensor
-        self._key = ledger.hold_tensor(tensor)
+        self._key = NO_STORAGE if is_opaque(tensor) else ledger.hold_tensor(tensor)
 
     @property
     def version(self) -> int:
@@ -309,5 +474,5 @@ class Held:
         return self.version == self.before
 
     def __del__(self) -> None:
-        if self._key:
+        if self._key != NO_STORAGE:
             self._ledger.drop(self._key)

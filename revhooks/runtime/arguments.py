@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
-from ..storage import Held, is_opaque, version_of
+from ..storage import Held, is_opaque, leaf_of, version_of, without_graph
 from .objects import Former, Objects, Seen
-from .tree import leaves_of, map_leaves, map_tensors
+from .tree import flatten
 from .value import modified
 
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["Argument", "Arguments"]
+__all__ = ["Argument", "Arguments", "runs_out"]
 
 Give = Callable[[], Tensor]
 
 
 class Arguments:
-    """Arguments that are held for the replay: tensors detached, everything else as it is.
+    """Arguments that are held for the replay: tensors that need a gradient detached, everything else as it is.
 
-    Made before the call.
+    Made before the call. Containers are given as what they were, in copies.
 
     Args:
         run: whose ledger counts them.
@@ -32,13 +33,16 @@ class Arguments:
         save: saves a tensor in a surrounding frame instead, and returns a function that gives it back.
     """
 
-    __slots__ = ("_held", "_run")
+    __slots__ = ("_again", "_leaves", "_objects", "_run")
 
     def __init__(
         self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], save: Callable[[Tensor], Give] | None = None
     ) -> None:
         self._run = run
-        self._held = map_tensors(self._holding(save), (args, kwargs))
+        self._objects: Objects | None = None  # of those among them that the call has not changed
+        leaves, self._again = flatten((args, kwargs))
+        hold = self._holding(save)
+        self._leaves = [hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def _holding(self, save: Callable[[Tensor], Give] | None) -> Callable[[Tensor], Argument | _SavedArgument]:
         """Holds tensors, the same one once: calls may ask whether two arguments are one, as attention does of itself."""
@@ -50,21 +54,22 @@ class Arguments:
                 if save is None or is_opaque(tensor):
                     held[key] = Argument(self._run, tensor, "an argument")
                 else:
-                    held[key] = _SavedArgument(save(tensor), tensor.requires_grad)
+                    held[key] = _SavedArgument(save(tensor), tensor)
             return held[key]
 
         return hold
 
     def give_former(self, objects: Objects, save: Callable[[Tensor], Give] | None = None) -> None:
-        """After the call: of the objects among them give those that it has changed as they were."""
+        """After the call: of the objects among them give those that it has changed as they were; others may change later."""
         changed = objects.changed()
         if changed:
             formers = objects.formers(self._holding(save), changed)
-            self._held = map_leaves(lambda leaf: formers.get(id(leaf), leaf), self._held)
+            self._leaves = [formers.get(id(leaf), leaf) for leaf in self._leaves]
+        self._objects = None if changed else objects
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it holds."""
-        leaves = leaves_of(self._held)
+        leaves = self._leaves
         former = next((leaf for leaf in leaves if isinstance(leaf, Former)), None)
         if former is not None:
             leaves = [*leaves, *former.parts()]
@@ -72,11 +77,13 @@ class Arguments:
         return (argument.held.tensor for argument in arguments if isinstance(argument.held, Held))
 
     def again(self, label: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as fresh leaves with the ``requires_grad`` they had.
+        """The arguments: of tensors that need a gradient fresh leaves.
 
         Raises:
             ModifiedError: one was modified in place since.
         """
+        if self._objects is not None and self._objects.changed():
+            self.give_former(self._objects)
         copies: dict[int, Any] = {}
         given: dict[int, Tensor] = {}
 
@@ -90,23 +97,30 @@ class Arguments:
         def again(leaf: Any) -> Any:
             return leaf.again(thaw, copies) if isinstance(leaf, Former) else thaw(leaf)
 
-        args, kwargs = map_leaves(again, self._held)
+        args, kwargs = self._again(map(again, self._leaves))
         return args, kwargs
+
+
+def runs_out(leaves: Sequence[Any]) -> bool:
+    """Whether an iterator is among the arguments: the call uses it up, and a replay would find it at its end."""
+    return any(hasattr(type(leaf), "__next__") for leaf in leaves)
 
 
 class Argument:
     """A tensor that a call depends on, held until it is repeated; ``what`` it is."""
 
-    __slots__ = ("held", "requires_grad", "version", "what")
+    __slots__ = ("attributes", "held", "requires_grad", "version", "what")
 
     def __init__(self, run: Run, tensor: Tensor, what: str) -> None:
         self.what = what
-        self.held = _Opaque(tensor.detach()) if is_opaque(tensor) else run.hold(tensor)
+        self.attributes = dict(tensor.__dict__)
         self.requires_grad = tensor.requires_grad
+        whole = isinstance(tensor, Parameter) or is_opaque(tensor) or self.attributes  # in memory, as what it is
+        self.held = Held(run.ledger, _kept(tensor)) if whole else run.hold(tensor)
         self.version = version_of(tensor)
 
     def again(self, label: str) -> Tensor:
-        """The tensor as a fresh leaf.
+        """The tensor: as the object that it was, if it needs no gradient, else as a fresh leaf.
 
         Raises:
             ModifiedError: it was modified in place since.
@@ -114,26 +128,33 @@ class Argument:
         version, tensor = self.held.version, self.held.tensor
         if version != self.version:
             raise modified(f"{self.what} of {label}", tensor.shape, self.version, version)
-        return tensor.detach().requires_grad_(self.requires_grad)
-
-
-class _Opaque(NamedTuple):
-    tensor: Tensor
-
-    @property
-    def version(self) -> int:
-        return version_of(self.tensor)
+        return _again(tensor, self.attributes, requires_grad=self.requires_grad)
 
 
 class _SavedArgument:
     """A tensor among the arguments that the surrounding frame saves."""
 
-    __slots__ = ("give", "requires_grad")
+    __slots__ = ("attributes", "give", "requires_grad")
 
-    def __init__(self, give: Give, requires_grad: bool) -> None:
+    def __init__(self, give: Give, tensor: Tensor) -> None:
         self.give = give
-        self.requires_grad = requires_grad
+        self.attributes = dict(tensor.__dict__)
+        self.requires_grad = tensor.requires_grad
 
     def again(self, label: str) -> Tensor:
-        """The tensor as a fresh leaf."""
-        return self.give().detach().requires_grad_(self.requires_grad)
+        """The tensor: as the object that it was, if it needs no gradient, else as a fresh leaf."""
+        return _again(self.give(), self.attributes, requires_grad=self.requires_grad)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What is held of an argument: the object itself, if it has no graph and a replay may be given it."""
+    return tensor if isinstance(tensor, Parameter) else without_graph(tensor)
+
+
+def _again(tensor: Tensor, attributes: dict[str, Any], *, requires_grad: bool) -> Tensor:
+    if tensor.requires_grad is requires_grad and (not requires_grad or isinstance(tensor, Parameter)):
+        return tensor
+    fresh = leaf_of(tensor, requires_grad=requires_grad)
+    for name, value in attributes.items():
+        fresh.__dict__.setdefault(name, value)
+    return fresh

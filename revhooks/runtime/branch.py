@@ -30,6 +30,9 @@ STATE = "state that a module carries from call to call: needed to repeat the cal
 STATISTICS = "statistics of a batch norm: its replay does not compute them again"
 
 _T = TypeVar("_T")
+# whether subclasses see operations
+_subclass_state: Callable[[], Any] = getattr(torch._C, "_get_torch_function_state", lambda: None)
+_set_subclass_state: Callable[[Any], None] = getattr(torch._C, "_set_torch_function_state", lambda _: None)
 _NOTHING: contextlib.nullcontext[Any] = contextlib.nullcontext()
 
 
@@ -48,6 +51,7 @@ class CallState:
         "_modules",
         "_precision",
         "_statistics",
+        "_subclasses",
         "_tracker",
         "drew",
         "facts",
@@ -69,6 +73,7 @@ class CallState:
         self._modes = Modes.of_call(frame.device) if local else frame.modes
         self._precision = frame.precision
         self.grad = torch.is_grad_enabled()
+        self._subclasses = _subclass_state()
         self._tracker = frame.run.rng
         self._ledger = frame.run.ledger
         self._copies: list[Held] = []  # of buffers
@@ -138,8 +143,10 @@ class CallState:
         if self.rng is not None:
             now = self._tracker.capture(self._device, self._kinds)
             self.rng.restore()
-        before = torch.is_grad_enabled()
+        before, subclasses = torch.is_grad_enabled(), _subclass_state()
         torch._C._set_grad_enabled(grad)
+        if subclasses != self._subclasses:  # a backward that a subclass's method has started runs without them
+            _set_subclass_state(self._subclasses)
         try:
             modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
             changed = precision_of(self._device) != self._precision
@@ -150,6 +157,7 @@ class CallState:
                     return self._with_state(call, reach)
         finally:
             torch._C._set_grad_enabled(before)
+            _set_subclass_state(subclasses)
             if now is not None:
                 now.restore()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..storage import Geometry, is_opaque, restride, version_of, version_probe
+from ..storage import Geometry, clone_of, copy_of, is_opaque, leaf_of, restride, stride_of, version_of, version_probe
 from .branch import CallState
 from .frame import Head
 from .guard import Sample
@@ -45,8 +45,8 @@ class Call:
         self.child = child
         self.slots = Slots(frame, 0)
         self.state = CallState(frame, (child,), facts_of(child), local=True)
-        self.shapes = [t.shape for t in tensors]
-        self.strides = [t.stride() for t in tensors]
+        self.shapes = [None if is_opaque(t) else t.shape for t in tensors]
+        self.strides = [stride_of(t) for t in tensors]
         self.grads = [t.requires_grad for t in tensors]
         self.sample: Sample | None = frame.run.guard.sample(tensors[0]) if tensors else None
         # a pre-hook (old weight norm, FSDP) runs outside of ``forward``, and an inverse runs it without grad
@@ -68,7 +68,7 @@ class Call:
         A gradient that is taken in forward shows in what it reads; where nothing is saved, it shows in the graph only.
         """
         inputs = tensors_of(arguments)
-        self.args = [t.detach().clone() for t in inputs]
+        self.args = [copy_of(t) for t in inputs]
         self.output = map_tensors(copied, output)
         outputs = [t for t in tensors_of(output) if t.requires_grad]
         self.differentiated = any(one is other for one in outputs for other in inputs)
@@ -114,20 +114,20 @@ class Constant:
 
 def not_a_leaf(tensor: Tensor) -> Tensor:
     """A copy that code may write into, with the ``requires_grad`` of the original."""
-    return tensor.detach().requires_grad_(tensor.requires_grad).clone()
+    return clone_of(leaf_of(tensor, requires_grad=tensor.requires_grad))
 
 
 def detached(tensor: Tensor) -> Tensor:
     """The tensor without its graph, with its ``requires_grad``."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    return leaf_of(tensor, requires_grad=tensor.requires_grad)
 
 
 def copied(tensor: Tensor) -> Tensor:
     """A detached copy."""
-    return tensor.detach().clone()
+    return copy_of(tensor)
 
 
-def as_leaves(tree: Any, strides: list[tuple[int, ...]], grads: list[bool], written: Callable[[Tensor], bool]) -> Any:
+def as_leaves(tree: Any, strides: list[tuple[int, ...] | None], grads: list[bool], written: Callable[[Tensor], bool]) -> Any:
     """The tensors as leaves, in the strides and with the ``requires_grad`` that they had in forward.
 
     An inverse may write later into what is ``written``: that is copied.
@@ -137,6 +137,6 @@ def as_leaves(tree: Any, strides: list[tuple[int, ...]], grads: list[bool], writ
     def leaf(tensor: Tensor) -> Tensor:
         stride, grad = next(looks)
         fresh = restride(tensor.clone() if written(tensor) else tensor, stride)
-        return fresh.detach().requires_grad_(grad)
+        return leaf_of(fresh, requires_grad=grad) if grad or fresh.requires_grad else fresh
 
     return map_tensors(leaf, tree)

@@ -36,6 +36,7 @@ __all__ = [
     "NEWEST",
     "ORDINARY",
     "REMEDIES",
+    "RUNS_OUT",
     "Frame",
     "Head",
     "ModuleFrame",
@@ -47,6 +48,7 @@ CHANGES_OBJECT = "it changes an object among its arguments"
 DREW = "random numbers were drawn where none had been drawn before"
 HEAD = "input of a chain: held by its caller, or kept exact"
 NEWEST = "newest block: kept until the next one opens"
+RUNS_OUT = "an iterator is among its arguments, which its call uses up"
 ORDINARY = "saved outside any registered block"
 REMEDIES = {
     ANCHOR: "nothing: a chain needs one; fewer ordinary layers between its blocks make fewer chains",
@@ -54,6 +56,7 @@ REMEDIES = {
     CHANGES_OBJECT: "call it without that object, for example use_cache=False, or checkpoint() instead of an inverse",
     DREW: "nothing: the next call foresees it",
     HEAD: "an invertible block before it",
+    RUNS_OUT: "give it a list, or what makes an iterator",
     NEWEST: "nothing: it goes when the next block opens",
     ORDINARY: "reversible(replay=...) of the module around it, checkpoint(), an invertible block, or offload=True on CUDA",
     THREADS: "nothing, but to take gradients inside of it on one device",
@@ -319,7 +322,7 @@ class Head:
     __slots__ = ("_held",)
 
     def __init__(self, run: Run, tensor: Tensor) -> None:
-        self._held = run.hold(tensor)
+        self._held = run.hold(tensor.detach())  # in memory that may become another stream's
 
     @property
     def tensor(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..capture import is_capturing
 from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..record import WorstError
-from ..storage import is_near
+from ..storage import is_near, is_opaque
 
 if TYPE_CHECKING:
     from .plan import Fallback
@@ -163,7 +163,7 @@ class Guard:
 
     def sample(self, tensor: Tensor) -> Sample | None:
         """A copy of a few hundred elements from everywhere; ``None`` when the guard is off, or nothing can be read."""
-        if self.mode == "off" or not is_measured(tensor) or is_capturing(tensor.device):
+        if self.mode == "off" or is_opaque(tensor) or not is_measured(tensor) or is_capturing(tensor.device):
             return None
         tensor = tensor.detach()
         if tensor.numel() <= SAMPLES:

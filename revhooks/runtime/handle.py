@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Leaf, Source
-from ..storage import Geometry
+from ..storage import Geometry, is_opaque, version_of, without_graph
 from .value import Value, modified
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ class LeafHandle(Leaf):
 
     __slots__ = ()
 
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = without_graph(tensor)
+        self._version = version_of(tensor)
+        base = None if is_opaque(tensor) else tensor._base
+        self._kind = type(tensor if base is None else base)
+
     def get(self) -> Tensor:
         """The tensor.
 
@@ -30,8 +36,9 @@ class LeafHandle(Leaf):
             ModifiedError: it was modified in place since (Rule 8).
         """
         tensor = self._tensor
-        if tensor._version != self._version:
-            raise modified("a parameter, buffer or leaf", tensor.shape, self._version, tensor._version)
+        now = version_of(tensor)
+        if now != self._version:
+            raise modified("a parameter, buffer or leaf", tensor.shape, self._version, now)
         return tensor
 
 
@@ -69,13 +76,14 @@ class SlotHandle(Source):
 
 
 class ViewHandle(Source):
-    """A view of a Value's memory."""
+    """A view of a Value's memory; ``original``, where it is to come back as the object that it was."""
 
-    __slots__ = ("_geometry", "value")
+    __slots__ = ("_geometry", "_original", "value")
 
-    def __init__(self, value: Value, geometry: Geometry) -> None:
+    def __init__(self, value: Value, geometry: Geometry, original: Tensor | None = None) -> None:
         self.value = value
         self._geometry = geometry
+        self._original = original
 
     def get(self) -> Tensor:
         """The view.
@@ -83,4 +91,10 @@ class ViewHandle(Source):
         Raises:
             ModifiedError: it was modified in place since (Rule 8).
         """
+        original = self._original
+        if original is not None:
+            version, now = self.value.version, version_of(original)
+            if now != version or self.value.current_version != version:
+                raise modified(self.value.what, original.shape, version, max(now, self.value.current_version))
+            return original
         return torch.as_strided(self.value.get(), *self._geometry)

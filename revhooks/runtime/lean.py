@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import is_opaque
+from ..storage import is_opaque, version_of, without_graph
 from .guard import is_measured
 from .handle import SlotHandle, ViewHandle
 from .local import EnoughError, Filling
@@ -54,7 +54,7 @@ class LeanSlots(Slots):
         if self._plain:
             return super().save(tensor, frame)
         self._leaves.append(kind_of(tensor))
-        self._versions.append(tensor._version)
+        self._versions.append(version_of(tensor))
         if is_opaque(tensor):
             self._seen.append((None, ALONE, 0))
         else:
@@ -226,7 +226,7 @@ class LeanSlots(Slots):
             self._verify(index, tensor)
         frame = self._frame()
         if frame is None or self._is_dead(index):  # as which it may be written to
-            return tensor.detach()
+            return without_graph(tensor)
         return self._pack(tensor, index, frame)
 
     def _is_dead(self, index: int) -> bool:

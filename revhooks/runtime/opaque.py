@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, explain
 from ..registry import Registration
-from ..storage import Held, is_near, is_opaque, restride, storage_key, version_of
+from ..storage import Held, is_near, is_opaque, own_storage_key, restride, storage_key, version_of
 from .arguments import Arguments
 from .branch import CallState
 from .calls import Call, Constant, Input, as_leaves, copied, detached, not_a_leaf
@@ -25,7 +25,7 @@ from .objects import Objects
 from .plan import Facts, Inversion
 from .replay import FunctionModule
 from .slots import Slots
-from .tree import leaves_of, map_leaves, map_tensors, tensors_of
+from .tree import flatten, leaves_of, map_tensors, tensors_of
 from .trial import Trial
 from .value import Value, fetch, freed, modified
 from .ways import Place, in_order, leading, places_of, returned, split
@@ -60,7 +60,8 @@ class OpaqueFrame(ModuleFrame):
         self._inverted = False  # its outputs are used up
         self._places: tuple[Place, ...] = ()  # of its arguments
         self._inputs: list[Any] = []  # the arguments that the inverse gives back, without their tensors
-        self._shape: Any = None  # of the output: Values' places and constants
+        self._with: Callable[[Iterable[Any]], Any] = list  # makes these of tensors
+        self._shape: Any = None  # of the output: `None` for Values and constants, and what makes it of leaves
         self._samples: list[Sample | None] = []  # of the outputs
 
     # -- forward
@@ -121,7 +122,7 @@ class OpaqueFrame(ModuleFrame):
         call = Call(self, child, (args, kwargs))
         self.calls.append(call)
         inputs = self.input_keys
-        self.input_keys = inputs | {storage_key(t) for t in tensors_of((args, kwargs))}
+        self.input_keys = inputs | {own_storage_key(t) for t in tensors_of((args, kwargs))}
         try:
             with saving_to(call.slots, self, call.state.facts), call.state.watched():
                 output = proceed(*args, **kwargs)
@@ -158,9 +159,11 @@ class OpaqueFrame(ModuleFrame):
         if all(one.head is not None for one in self.given):
             self._samples = [self.run.guard.sample(tensor) for tensor in tensors]
         if not self.replayed:
-            self._inputs = map_leaves(lambda _: None, trees)
+            _, self._with = flatten(trees)
+            self._inputs = self._with(itertools.repeat(None))
             self.outputs = [Value(self.run, tensor, ANCHOR, self.label) for tensor in tensors]
-            self._shape = map_leaves(lambda leaf: None if isinstance(leaf, Tensor) else Constant(leaf), output)
+            leaves, again = flatten(output)
+            self._shape = [None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves], again
 
     def _shares_memory(self, output: Tensor, arguments: list[Tensor]) -> bool:
         """Whether an output lies in an argument's memory, and is not just passed on."""
@@ -313,8 +316,8 @@ class OpaqueFrame(ModuleFrame):
     def _run_inverse(self, copies: list[Tensor], memo: dict[int, Any] | None, *, transient: bool) -> Any:
         """Run the inverse; branches that it calls as forward did fill their slots, and their results go to ``memo``."""
         args, kwargs = split(self._places[len(self._inputs) : self.inversion.way.held], *self._arguments())
-        places = iter(copies)
-        output = map_leaves(lambda part: part.value if isinstance(part, Constant) else next(places), self._shape)
+        places, (leaves, again) = iter(copies), self._shape
+        output = again(next(places) if leaf is None else leaf.value for leaf in leaves)
         outputs = {storage_key(copy) for copy in copies}
         ordinals = itertools.count()
 
@@ -326,7 +329,7 @@ class OpaqueFrame(ModuleFrame):
                 state = call.state if call is not None and call.child is child else self.state
                 return state.repeat(lambda: proceed(*a, **k), grad=torch.is_grad_enabled())
             written = ordinal in self.inversion.written
-            a, k = as_leaves((a, k), call.strides, call.grads, lambda t: written or storage_key(t) in outputs)
+            a, k = as_leaves((a, k), call.strides, call.grads, lambda t: written or own_storage_key(t) in outputs)
             memo[index] = map_tensors(detached, self._filled(call, lambda: proceed(*a, **k), transient=transient))
             return map_tensors(copied, memo[index])
 
@@ -354,7 +357,9 @@ class OpaqueFrame(ModuleFrame):
     def _same_call(self, call: Call, child: nn.Module, arguments: Any) -> bool:
         """Whether the inverse calls a branch on what forward called it on."""
         tensors = tensors_of(arguments)
-        if call.child is not child or not call.fills or [t.shape for t in tensors] != call.shapes:
+        if call.child is not child or not call.fills or any(map(is_opaque, tensors)):
+            return False
+        if [t.shape for t in tensors] != call.shapes:
             return False
         if not tensors:
             return True
@@ -401,7 +406,7 @@ class OpaqueFrame(ModuleFrame):
         """Run forward again; branches in ``memo`` are short-circuited, everything else fills its slots."""
         args, kwargs = self._arguments()
         fresh = (tensor.detach().requires_grad_(given.grad) for tensor, given in zip(inputs, self.given, strict=False))
-        trees = map_leaves(lambda _: next(fresh), self._inputs)
+        trees = self._with(fresh)
         named = [place for place in self._places[: len(trees)] if isinstance(place, str)]
         args = (*trees[: len(trees) - len(named)], *args)
         kwargs = {**dict(zip(named, trees[len(trees) - len(named) :], strict=True)), **kwargs}

@@ -15,9 +15,9 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from ..registry import ACTIVE
 from ..storage import is_opaque, version_of
-from .arguments import Arguments
+from .arguments import Arguments, runs_out
 from .branch import CallState
-from .frame import ARGUMENT, NEWEST, REMEDIES, Frame
+from .frame import ARGUMENT, NEWEST, REMEDIES, RUNS_OUT, Frame
 from .local import Give, packer, saving_to, surrounding
 from .objects import Objects
 from .plan import Facts, facts_of
@@ -177,6 +177,8 @@ class ReplayFrame(Frame):
                 "replay", self.label, "replays of two calls that did not", expected="the same in a replay as in the call"
             )
             self.keep("its replays do not do what it does")
+        if runs_out(leaves):
+            self.keep(RUNS_OUT)
         self.facts.writes_input = [version_of(tensor) for tensor in tensors] != versions
         if self.facts.writes_input:
             self.keep("it changes its input in place")

@@ -21,8 +21,9 @@ from ..nn.coupling import Coupling
 from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
-from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
+from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key, without_graph
 from ..tracing import is_traced, untraced
+from .arguments import runs_out
 from .budget import Budget
 from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
@@ -39,7 +40,7 @@ from .recipe import SMALL, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
 from .transforms import make_room
-from .tree import tensors_of
+from .tree import leaves_of
 from .value import Value, Values
 
 __all__ = ["Run"]
@@ -135,7 +136,7 @@ class Run(Packer):
             self._shadowed()
             or _saves_nothing_of_ours()
             or self.budget.limit == math.inf
-            or any(is_opaque(tensor) for tensor in tensors_of((args, kwargs)))
+            or not _is_fit(leaves_of((args, kwargs)))
         )
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,7 +203,7 @@ class Run(Packer):
                 return self.pack(tensor)
         if type(tensor) is not Tensor or is_leaf(tensor) or is_opaque(tensor):
             return LeafHandle(tensor)
-        unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor)
+        unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor) and not tensor.__dict__
         return self._pack_value(tensor, unshared=unshared)
 
     def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Source:
@@ -218,8 +219,7 @@ class Run(Packer):
             note_output(tensor, value)
         value.pin(tensor)
         value.count_packed()
-        geometry = Geometry.of(tensor)
-        return value if geometry == value.geometry else ViewHandle(value, geometry)
+        return _in_memory_of(value, tensor)
 
     def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str) -> Source:
         """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes."""
@@ -237,8 +237,7 @@ class Run(Packer):
                 value.recipe = recipe_of(self, base, what, slots)
                 self._let_go(value)
                 note_output(base, value)
-        geometry = Geometry.of(tensor)
-        return value if geometry == value.geometry else ViewHandle(value, geometry)
+        return _in_memory_of(value, tensor)
 
     def _let_go(self, value: Value) -> None:
         """Of a Value that can come back: now, or when the budget needs the room."""
@@ -285,7 +284,7 @@ class Run(Packer):
         """Hold what a frame needs in backward."""
         if self._offload is not None and self._offload.takes(tensor) and not is_leaf(tensor) and not tensor.is_inference():
             return HeldAway(self._offload, tensor.detach())
-        return Held(self.ledger, tensor.detach())  # Rule 2
+        return Held(self.ledger, without_graph(tensor))  # Rule 2
 
     def found(self, tensor: Tensor) -> Value | None:
         """The Value that lies in the tensor's storage (Rule 3)."""
@@ -436,11 +435,16 @@ class Run(Packer):
         for holder in holders:
             op = holder.op if isinstance(holder, Value) else ""
             for why, what, tensor in holder.report() if holder is not None else ():
-                if storage_key(tensor) not in seen:
+                if not is_opaque(tensor) and storage_key(tensor) not in seen:
                     seen.add(storage_key(tensor))
                     kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
         largest_first = sorted(kept.items(), key=lambda item: -item[1])
         return [Kept(why, what, nbytes, op, REMEDIES.get(why, "")) for (why, what, op), nbytes in largest_first]
+
+
+def _is_fit(leaves: list[Any]) -> bool:
+    """Whether an inverse may be given these arguments again."""
+    return not runs_out(leaves) and not any(isinstance(leaf, Tensor) and is_opaque(leaf) for leaf in leaves)
 
 
 def _saves_nothing_of_ours() -> bool:
@@ -453,6 +457,17 @@ def _is_in_another(module: nn.Module) -> bool:
     around = packer()
     frame = around.frame if around is not None else None
     return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
+
+
+def _in_memory_of(value: Value, tensor: Tensor) -> Source:
+    """A handle to a tensor that lies in the memory of a Value.
+
+    The object that it is comes back if it needs no gradient and costs no memory, or carries attributes.
+    """
+    geometry = Geometry.of(tensor)
+    if not tensor.requires_grad and (value.recipe is None or tensor.__dict__):
+        return value if value.is_made_of(tensor) else ViewHandle(value, geometry, tensor)
+    return value if geometry == value.geometry else ViewHandle(value, geometry)
 
 
 def _covers(base: Tensor, tensor: Tensor) -> bool:

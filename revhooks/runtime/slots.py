@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModifiedError, ReplayError, explain
 from ..ops import Source
-from ..storage import is_leaf, is_opaque, is_parameter
+from ..storage import is_leaf, is_opaque, is_parameter, version_of, without_graph
 from .guard import is_again
 from .handle import SlotHandle
 from .local import EnoughError, Filling, pop_hooks, push_hooks
@@ -84,8 +84,8 @@ class Slots:
         """Pack a tensor that was saved during forward."""
         tensors = self.tensors
         self._leaves.append(kind_of(tensor))
-        tensors.append(tensor.detach())  # Rule 2
-        self._versions.append(tensor._version)
+        tensors.append(without_graph(tensor))  # Rule 2
+        self._versions.append(version_of(tensor))
         return SlotHandle(frame, self, len(tensors) - 1)
 
     def close(self, frame: Frame, facts: Facts) -> None:
@@ -131,7 +131,7 @@ class Slots:
         tensor: Tensor | None = self.tensors[index]
         if tensor is None:
             raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
-        if tensor._version != self._versions[index]:
+        if version_of(tensor) != self._versions[index]:
             raise self._modified(index, tensor)
         if self.transient and self._keys[index]:
             self._ledger.drop(self._keys[index])
@@ -215,7 +215,7 @@ class Slots:
 
     def _damaged(self) -> int | None:
         for index, tensor in enumerate(self.tensors):
-            if tensor is not None and tensor._version != self._versions[index] and self._keys[index]:
+            if tensor is not None and self._keys[index] and tensor._version != self._versions[index]:
                 return index
         return None
 
@@ -330,7 +330,7 @@ class Slots:
     def _modified(self, index: int, tensor: Tensor) -> ModifiedError:
         passed = index < len(self._looks) and type(self._looks[index]) is int
         what = f"a parameter, buffer or leaf in {self._label}" if passed else f"slot {index} of {self._label}"
-        return modified(what, tensor.shape, self._versions[index], tensor._version)
+        return modified(what, tensor.shape, self._versions[index], version_of(tensor))
 
     def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
         names = ("shape", "stride", "dtype", "device")
@@ -348,7 +348,9 @@ _LEAF, _PARAMETER = 1, 2
 
 
 def kind_of(tensor: Tensor) -> int:
-    """0 for what some operation has made, else whether it is a parameter's memory or another leaf's."""
+    """0 for what some operation has made, or is left alone, else whether it is a parameter's memory or another leaf's."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return 0
     return 0 if not is_leaf(tensor) else _PARAMETER if is_parameter(tensor) else _LEAF
 
 

@@ -83,6 +83,8 @@ def _mask(entry: Tensor | Source, ledger: Ledger) -> _Mask | None:
         if not isinstance(entry, Value) or entry.recipe is not None:
             return None
         entry = entry.get()
+    if entry.__dict__:  # it is to come back as the object that it is
+        return None
     if entry.dtype is not torch.bool and not is_near(entry.device):  # an accelerator's masks are truth values
         return None
     code = mask_of(entry, "")

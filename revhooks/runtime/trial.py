@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import RevhooksError
 from ..registry import Registration
 from ..state import untouched
-from ..storage import version_probe
+from ..storage import is_opaque, version_probe
 from .calls import Call, copied
 from .guard import relative_error
 from .interpose import deeper, shadowed, without_forward_hooks
@@ -118,7 +118,7 @@ class _Matches:
 
     def find(self, child: nn.Module, tensors: list[Tensor], bounds: Callable[[Tensor], tuple[float, float]]) -> Call | None:
         """The call of forward that has the result; ``None`` if it has to be made."""
-        self._inputs.append([(version_probe(t), t._version) for t in tensors if not t.is_inference()])
+        self._inputs.append([(version_probe(t), t._version) for t in tensors if not (is_opaque(t) or t.is_inference())])
         if torch.is_grad_enabled():  # the inverse differentiates through it
             self.found.append(None)
             return None
@@ -131,7 +131,7 @@ class _Matches:
 
     @staticmethod
     def _repeats(call: Call, child: nn.Module, tensors: list[Tensor], bounds: Callable[[Tensor], tuple[float, float]]) -> bool:
-        if call.child is not child or call.shapes != [t.shape for t in tensors]:
+        if call.child is not child or any(map(is_opaque, tensors)) or call.shapes != [t.shape for t in tensors]:
             return False
         return all(a.dtype == b.dtype and relative_error(a, b) <= bounds(b)[0] for a, b in zip(tensors, call.args, strict=True))
 

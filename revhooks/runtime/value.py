@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
-from ..storage import Geometry, Held, reserve, restride, version_probe
+from ..storage import Geometry, Held, reserve, restride, version_probe, without_graph
 
 if TYPE_CHECKING:
     from .codes import Code
@@ -88,7 +88,7 @@ class Value(Source):
 
     def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
         # first what may raise: a Value that has no run was never made
-        storage, detached, version = tensor.untyped_storage(), tensor.detach(), tensor._version
+        storage, kept, version = tensor.untyped_storage(), without_graph(tensor), tensor._version
         self.nbytes = nbytes = storage.nbytes()  # of the memory that it stands for
         self.key = self._tensor_key = key = storage._cdata
         self.version = self._tensor_version = version
@@ -106,7 +106,7 @@ class Value(Source):
         self._dim = 0
         self._probe: Tensor | None = None
         self._reserved: object = None
-        self._tensor: Tensor | None = detached  # Rule 2
+        self._tensor: Tensor | None = kept  # Rule 2
         self.values = run.values if values is None else values  # where it can be found
         run.ledger.hold(key, nbytes)
         self.run = run
@@ -141,6 +141,10 @@ class Value(Source):
     def held(self) -> bool:
         """Whether its elements are in memory."""
         return self._tensor is not None or self._pieces is not None
+
+    def is_made_of(self, tensor: Tensor) -> bool:
+        """Whether this very object is held."""
+        return self._tensor is tensor
 
     @property
     def current_version(self) -> int:

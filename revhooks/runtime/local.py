@@ -18,6 +18,8 @@ from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
+from ..storage import without_graph
+
 if TYPE_CHECKING:
     from ..ops import Source
     from .frame import Frame
@@ -200,7 +202,7 @@ class Filling(Packer):
         with self._lock:  # an inner backward has a thread for each device
             index = len(self.saved)
             if index == self.stop:  # all is there; this is code that cleans up
-                return tensor.detach()
+                return without_graph(tensor)
             entry = self.entry(tensor, index)
             self.saved.append(entry)
         if index + 1 == self.stop:
@@ -209,7 +211,7 @@ class Filling(Packer):
 
     def entry(self, tensor: Tensor, index: int) -> Tensor | Source:
         """What to keep of a tensor that is saved."""
-        return tensor.detach()
+        return without_graph(tensor)
 
     def save(self, tensor: Tensor) -> Give:
         """Save an argument of a call inside, as any operation saves what it needs; the function gives it back."""

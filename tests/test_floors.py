@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "revhooks"
 FLOORS = {
     "capture": 0, "errors": 0, "record": 0,
-    "storage": 1, "state": 1, "generators": 1, "precision": 1, "tracing": 1,
+    "storage": 1, "state": 1, "generators": 1, "precision": 1, "streams": 1, "tracing": 1,
     "functional": 2, "solvers": 2,
     "registry": 3, "ops": 3,
     "nn": 4,

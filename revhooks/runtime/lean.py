@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import Source
 from ..storage import is_opaque
+from ..streams import follow
 from .handle import SlotHandle, ViewHandle
 from .local import EnoughError, Filling
 from .slots import ALONE, DEAD, Slots, kind_of, looks_of
@@ -102,6 +103,8 @@ class LeanSlots(Slots):
         if not isinstance(entry, Source):
             return super().read(index)
         tensor = entry.get()
+        if self.stream is not None:
+            follow(tensor, self.stream)
         if self.transient and self._alive[index]:
             self.tensors[index] = None
         return tensor

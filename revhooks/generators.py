@@ -92,7 +92,7 @@ class Rng:
 
     __slots__ = ("device", "numpy", "python", "torch")
 
-    def __init__(self, torch_state: Tensor | None, python: Any, numpy: Any, device: tuple[torch.device, Tensor] | None) -> None:
+    def __init__(self, torch_state: Tensor | None, python: Any, numpy: Any, device: _States) -> None:
         self.torch = torch_state
         self.python = python
         self.numpy = numpy
@@ -103,7 +103,7 @@ class Rng:
         moved = set()
         if self.torch is not None and later.torch is not None and not _equal(self.torch, later.torch):
             moved.add("torch")
-        if self.device is not None and later.device is not None and not _equal(self.device[1], later.device[1]):
+        if self.device and later.device and _of(self.device) != _of(later.device):
             moved.add("torch")
         if self.python != later.python:
             moved.add("python")
@@ -119,28 +119,41 @@ class Rng:
             random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy.random"].set_state(self.numpy)
-        if self.device is not None:
-            where, state = self.device
-            getattr(torch, where.type).set_rng_state(state, where)
+        for owner, state in self.device:
+            if isinstance(owner, torch.device):
+                bits = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+                getattr(torch, owner.type).set_rng_state(bits, owner)
+            elif (owner.initial_seed(), owner.get_offset()) != state:
+                owner.manual_seed(state[0])
+                owner.set_offset(state[1])
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.numpy().tobytes() == b.numpy().tobytes()
 
 
-def _device_state(device: torch.device | None) -> tuple[torch.device, Tensor] | None:
-    if device is None or device.type in ("cpu", "meta") or is_capturing(device):
-        return None
-    module: Any = getattr(torch, device.type, None)
-    return (device, module.get_rng_state(device)) if hasattr(module, "get_rng_state") else None
+_States = tuple[tuple[Any, Any], ...]  # generators of devices, or the devices, each with its state
 
 
-def _device_marks(device: torch.device) -> Any:
+def _of(states: _States) -> tuple[Any, ...]:
+    return tuple(state for _, state in states)
+
+
+def _accelerator(device: torch.device) -> torch.device | None:
+    """The device whose generators a call may draw from; one that gets tensors on the CPU may work on CUDA too."""
+    if device.type not in ("cpu", "meta"):
+        return device
+    return torch.device("cuda") if torch.cuda.is_initialized() else None
+
+
+def _device_state(device: torch.device) -> _States:
+    """Of every CUDA device, for a call may go from one to another; a generator there is told by its seed and how far it is."""
     if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
-        return generator.initial_seed(), generator.get_offset()
-    state = _device_state(device)
-    return state[1].numpy().tobytes() if state is not None else None
+        return tuple((one, (one.initial_seed(), one.get_offset())) for one in torch.cuda.default_generators)
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "get_rng_state"):
+        return ()
+    return ((device, module.get_rng_state(device).numpy().tobytes()),)
 
 
 EVERY = frozenset({"torch", "python", "numpy"})
@@ -175,19 +188,21 @@ class RngTracker:
             self._torch_peek(),
             self._python_peek(),
             self._numpy_peek() if self._numpy_peek is not None else None,
-            None if device.type == "cpu" else self._device_marks(device),
+            self._device_marks(device),
         )
 
     def _device_marks(self, device: torch.device) -> Any:
-        """While a graph is captured the generator cannot be read: who draws there is told before (`Frame.begin`)."""
-        if not is_capturing(device):
-            self._seen[device] = _device_marks(device)
-        return self._seen.get(device)
+        """While a graph is captured the generators cannot be read: who draws there is told before (`Frame.begin`)."""
+        where = _accelerator(device)
+        if where is None:
+            return None
+        if not is_capturing(where):
+            self._seen[where] = _of(_device_state(where))
+        return self._seen.get(where)
 
     def torch_marks(self, device: torch.device) -> Any:
         """The same for torch's generators only."""
-        here = self._torch_peek()
-        return here if device.type == "cpu" else (here, self._device_marks(device))
+        return self._torch_peek(), self._device_marks(device)
 
     def torch_state(self, device: torch.device, marks: Any) -> Rng:
         """The state of torch's generators, whose marks are these; read only when they have moved."""
@@ -200,9 +215,10 @@ class RngTracker:
     def capture(device: torch.device, kinds: frozenset[str] = EVERY) -> Rng:
         """The state of the generators of these kinds."""
         numpy_random = sys.modules.get("numpy.random") if "numpy" in kinds else None
+        where = _accelerator(device) if "torch" in kinds else None
         return Rng(
             torch.default_generator.get_state() if "torch" in kinds else None,
             random.getstate() if "python" in kinds else None,
             numpy_random.get_state() if numpy_random is not None else None,
-            _device_state(device) if "torch" in kinds else None,
+            () if where is None or is_capturing(where) else _device_state(where),
         )

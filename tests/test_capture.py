@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import revhooks
-from revhooks import capture, generators, storage
+from revhooks import capture, storage
 from revhooks import nn as rnn
 from revhooks.errors import CaptureError
 from revhooks.generators import RngTracker
@@ -167,19 +167,23 @@ def test_generators_of_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) ->
     """As `CUDAGeneratorImpl::get_offset` raises."""
     device, flag, offset = torch.device("cuda", 0), [False], [0]
 
-    def marks(_: torch.device) -> Any:
-        if flag[0]:
-            raise RuntimeError("Cannot call CUDAGeneratorImpl::get_offset during CUDA graph capture")
-        return 0, offset[0]
+    class Generator:
+        def initial_seed(self) -> int:
+            return 0
+
+        def get_offset(self) -> int:
+            if flag[0]:
+                raise RuntimeError("Cannot call CUDAGeneratorImpl::get_offset during CUDA graph capture")
+            return offset[0]
 
     monkeypatch.setattr(capture, "_asks", lambda: flag[0])
-    monkeypatch.setattr(generators, "_device_marks", marks)
+    monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
     tracker = RngTracker()
     before = tracker.marks(device)
     flag[0] = True
     assert tracker.marks(device) == before
     state = tracker.torch_state(device, tracker.torch_marks(device))
-    assert state.device is None
+    assert not state.device
     state.restore()
     flag[0], offset[0] = False, 4
     assert tracker.marks(device) != before

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import revhooks
-from revhooks import generators, precision
+from revhooks import capture, generators, precision
 from revhooks import nn as rnn
 from revhooks.errors import FallbackWarning
 from revhooks.precision import coarse, precision_of, restored
@@ -214,6 +214,47 @@ def test_autocast_of_another_device_than_the_arguments() -> None:
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert modes.of_call(CPU) is None
+
+
+# -- generators of devices
+
+
+class Philox:
+    """As a CUDA device's generator is told."""
+
+    def __init__(self) -> None:
+        self.state = 5, 0
+
+    def initial_seed(self) -> int:
+        return self.state[0]
+
+    def get_offset(self) -> int:
+        return self.state[1]
+
+    def manual_seed(self, seed: int) -> None:
+        self.state = seed, 0
+
+    def set_offset(self, offset: int) -> None:
+        self.state = self.state[0], offset
+
+
+@pytest.mark.parametrize("device", [CUDA, CPU], ids=str)
+def test_a_call_may_draw_on_another_device_than_its_arguments(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replay does so too; a call that gets indices on the CPU may draw on CUDA."""
+    devices = Philox(), Philox()
+    monkeypatch.setattr(torch.cuda, "default_generators", devices)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(capture, "_asks", lambda: False)
+    tracker = generators.RngTracker()
+    marks, torch_marks, before = tracker.marks(device), tracker.torch_marks(device), tracker.capture(device)
+    assert not before.moved(tracker.capture(device))
+    devices[1].set_offset(8)
+    assert tracker.marks(device) != marks
+    assert tracker.torch_marks(device) != torch_marks
+    assert before.moved(tracker.capture(device)) == {"torch"}
+    devices[0].manual_seed(7)
+    before.restore()
+    assert [one.state for one in devices] == [(5, 0), (5, 0)]
 
 
 # -- precision

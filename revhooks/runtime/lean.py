@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import Source
 from ..storage import is_opaque, version_of, without_graph
+from ..streams import follow
 from .guard import is_measured
 from .handle import SlotHandle, ViewHandle
 from .local import EnoughError, Filling
@@ -113,6 +114,8 @@ class LeanSlots(Slots):
         if not isinstance(entry, Source):
             return super().read(index)
         tensor = entry.get()
+        if self.stream is not None:
+            follow(tensor, self.stream)
         if self.transient and self._alive[index]:
             self.tensors[index] = None
         return tensor

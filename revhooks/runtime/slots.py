@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ModifiedError, ReplayError, explain
 from ..ops import Source
 from ..storage import is_leaf, is_opaque, is_parameter, version_of, without_graph
+from ..streams import follow, stream_of
 from .guard import is_again
 from .handle import SlotHandle
 from .local import EnoughError, Filling, pop_hooks, push_hooks
@@ -53,6 +54,7 @@ class Slots:
         "live",
         "position",
         "statistics",
+        "stream",
         "tensors",
         "transient",
     )
@@ -70,6 +72,7 @@ class Slots:
         self.live = 0  # handles of slots that are not passed
         self.position = position
         self.statistics: Statistics | None = None  # which a replay need not compute
+        self.stream: Any = None  # on which they were filled
         self.tensors: list[Any] = []  # tensors, or what gives them
         self.transient = False  # filled for one pass of a graph that is retained
 
@@ -133,6 +136,8 @@ class Slots:
             raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
         if version_of(tensor) != self._versions[index]:
             raise self._modified(index, tensor)
+        if self.stream is not None:
+            follow(tensor, self.stream)
         if self.transient and self._keys[index]:
             self._ledger.drop(self._keys[index])
             self.tensors[index] = None
@@ -250,6 +255,8 @@ class Slots:
             saved += [tail[index] if alive else None for index, alive in enumerate(self._alive) if index >= tail.start]
 
     def _record(self, call: Callable[[], _T], filling: Filling) -> _T:
+        frame = self._frame()
+        self.stream = stream_of(frame.device) if frame is not None else None
         push_hooks(filling.pack, self._unpacked)
         try:
             if self.statistics is None:

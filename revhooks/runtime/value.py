@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import BackwardError, ModifiedError, explain
 from ..ops import Source
 from ..storage import Geometry, Held, reserve, restride, version_probe, without_graph
+from ..streams import follow, stream_of
 
 if TYPE_CHECKING:
     from .codes import Code
@@ -68,6 +69,7 @@ class Value(Source):
         "_pieces",
         "_probe",
         "_reserved",
+        "_stream",
         "_tensor",
         "_tensor_key",
         "_tensor_version",
@@ -107,6 +109,7 @@ class Value(Source):
         self._probe: Tensor | None = None
         self._reserved: object = None
         self._tensor: Tensor | None = kept  # Rule 2
+        self._stream: Any = None  # on which it was rebuilt
         self.values = run.values if values is None else values  # where it can be found
         run.ledger.hold(key, nbytes)
         self.run = run
@@ -180,6 +183,8 @@ class Value(Source):
             if self._pieces is None:
                 raise freed(self.what)
             self.receive_tensor(torch.cat([piece.tensor for piece in self._pieces], self._dim))
+        elif self._stream is not None:
+            follow(self._tensor, self._stream)
         return self._tensor  # type: ignore[return-value]
 
     def streams(self, dim: int, sizes: Sequence[int]) -> list[Held] | None:
@@ -234,6 +239,7 @@ class Value(Source):
         self._tensor = restride(tensor.detach(), self.geometry.stride)
         self._tensor_version = self._tensor._version
         self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
+        self._stream = stream_of(tensor.device)
 
     def report(self) -> Iterator[tuple[str, str, Tensor]]:
         """What it holds: why, of what, and the tensor."""

@@ -1,7 +1,7 @@
 """What modules carry from call to call in attributes of their own, besides parameters and buffers.
 
-A membrane potential, the state of a recurrence: a replay needs it as it was before the call. Numbers are left as they are now, and
-so are lists that only grow, in which many keep a record, until a replay fails. What a replay does to any of them is undone
+A membrane potential, the state of a recurrence: a replay needs it as it was before the call. Numbers are left as they are now,
+and so are lists that only grow, in which many keep a record, until a replay fails. What a replay does to any of them is undone
 (`revhooks.effects`).
 """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import is_opaque
+from ..storage import is_allocated, is_opaque
 from .handle import SlotHandle, ViewHandle
 from .slots import ALONE, DEAD, EnoughError, Slots, kind_of, looks_of
 
@@ -127,7 +127,9 @@ class LeanSlots(Slots):
     @staticmethod
     def _is_there(entry: Any) -> bool:
         value = getattr(entry, "value", entry)
-        return value is not None and getattr(value, "recipe", None) is None
+        if value is None or getattr(value, "recipe", None) is not None:
+            return False
+        return value is entry or is_allocated(value.get())  # else there is no view of it
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""

@@ -229,6 +229,7 @@ FEW = [
     ("blocks", "2", "replay"),
     ("blocks", "2", "checkpoint"),
     ("blocks", "2, kept", "replay"),
+    ("borrowing", "2", "checkpoint"),
     ("blocks", "2, bf16", "checkpoint"),
     ("blocks", "2", "reversible"),
     ("couplings", "2", "reversible"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable
 from types import FunctionType
 from typing import Any
@@ -24,12 +25,19 @@ __all__ = [
 STANDARD = frozenset(nn.Module().__dict__) | {"forward"}
 _SHARDED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP mark whose parameters they shard
 _FRAMEWORKS = ("__composable_api_state_key_", _SHARDED, "_fsdp_")
-_DISTRIBUTED = "torch.distributed."
+_DISTRIBUTED = ("torch.distributed.", "torch.nn.parallel.")
+_TORCH = sys.stdlib_module_names | {"torch", "builtins"}
 
 
 def is_foreign(kind: type) -> bool:
-    """Whether what is of this class belongs to a framework, which looks after it itself."""
-    return kind.__module__.startswith(_DISTRIBUTED)
+    """Whether what is of this class belongs to a framework, which looks after it itself; not a user's class that one extends."""
+    if not kind.__module__.startswith(_DISTRIBUTED):
+        return False
+    return not any(base is not nn.Module and _is_anothers(base.__module__) for base in kind.__mro__)
+
+
+def _is_anothers(module: str) -> bool:
+    return module.partition(".")[0] not in _TORCH or module.startswith("torch.nn.modules.")
 
 
 def is_foreign_call(fn: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.profile.meters import AccountedMeter
-from tests.conftest import compare, conv_branch, mlp, step
+from tests.conftest import Notes, compare, conv_branch, mlp, step
 
 
 def conv_chain(depth: int) -> nn.Module:
@@ -160,7 +160,7 @@ class Remembers(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(width, width), nn.Tanh())
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.seen = Notes()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append((x.detach(), x.detach().clone()))
@@ -176,7 +176,7 @@ def test_streams_that_somebody_keeps_are_not_written_over(two_streams: bool) -> 
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
     for branch in branches:
-        branch.seen.clear()
+        branch.seen.taken()
     with revhooks.reversible():
         y = model(x)
         before = y.detach().clone()
@@ -185,7 +185,7 @@ def test_streams_that_somebody_keeps_are_not_written_over(two_streams: bool) -> 
             assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(grads, expected, strict=True))
     assert torch.equal(y, before)
     assert sum(len(branch.seen) for branch in branches) > 8
-    assert all(torch.equal(tensor, copy) for branch in branches for tensor, copy in branch.seen)
+    assert all(torch.equal(tensor, copy) for branch in branches for tensor, copy in branch.seen.taken())
 
 
 def test_gradients_of_a_chain_lie_apart() -> None:

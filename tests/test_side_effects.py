@@ -389,7 +389,7 @@ def test_kinds_of_objects(store: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("store", ["list", "nested", "meter", "numbers"])
+@pytest.mark.parametrize("store", ["nested", "meter"])
 @pytest.mark.parametrize("place", PLACES)
 def test_places(place: str, store: str, way: str) -> None:
     assert outcome(store, place, way) == outcome(store, place, "plain")

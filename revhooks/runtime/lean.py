@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import is_opaque, version_of, without_graph
+from ..storage import is_allocated, is_opaque, version_of, without_graph
 from ..streams import follow
 from .guard import is_measured
 from .handle import SlotHandle, ViewHandle
@@ -147,7 +147,9 @@ class LeanSlots(Slots):
     @staticmethod
     def _is_there(entry: Any) -> bool:
         value = getattr(entry, "value", entry)
-        return value is not None and getattr(value, "recipe", None) is None
+        if value is None or getattr(value, "recipe", None) is not None:
+            return False
+        return value is entry or is_allocated(value.get())  # else there is no view of it
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""

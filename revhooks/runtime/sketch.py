@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage import is_near
+from ..storage import is_allocated, is_near
 from .guard import is_measured
 
 __all__ = ["Sketch", "some_of"]
@@ -46,7 +46,7 @@ class Sketch:
     def __init__(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
         found: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
         for place, tensor in tensors:
-            if is_measured(tensor):
+            if is_measured(tensor) and is_allocated(tensor):
                 places, parts = found.setdefault((tensor.dtype, tensor.device), ([], []))
                 places.append(place)
                 parts.append(some_of(tensor.detach()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Source
-from ..storage import Geometry, Held, Ledger, is_near
+from ..storage import Geometry, Held, Ledger, is_allocated, is_near
 from .codes import Code, mask_of
 from .value import Value, at_version
 
@@ -83,7 +83,7 @@ def _mask(entry: Tensor | Source, ledger: Ledger) -> _Mask | None:
         if not isinstance(entry, Value) or entry.recipe is not None:
             return None
         entry = entry.get()
-    if entry.__dict__:  # it is to come back as the object that it is
+    if entry.__dict__ or not is_allocated(entry):  # it is to come back as the object that it is
         return None
     if entry.dtype is not torch.bool and not is_near(entry.device):  # an accelerator's masks are truth values
         return None

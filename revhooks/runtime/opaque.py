@@ -170,7 +170,7 @@ class OpaqueFrame(ModuleFrame):
         if self._is_cheaply_replayed(args, kwargs):
             self.facts.learn_inversion(self.key, Inversion(0, (), replay=True))
             return self.facts.inversion(self.key)
-        if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
+        if not all(bool(t.detach().isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
             self.keep("its output is not finite")
             return None
         trial = Trial(self, strays)

@@ -186,5 +186,5 @@ class ExactMomentumResidual(MomentumResidual):
         return Grid.of(dtype, self.ratio, self.grid_bits)
 
 
-register(MomentumResidual, inverse="inverse", keeps_zeros=(1,))
-register(ExactMomentumResidual, inverse="inverse", keeps_zeros=True)
+register(MomentumResidual, inverse="inverse", keeps_zeros=(1,), branches="f")
+register(ExactMomentumResidual, inverse="inverse", keeps_zeros=True, branches="f")

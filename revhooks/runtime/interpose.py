@@ -84,12 +84,21 @@ def deeper(modules: list[nn.Module]) -> list[nn.Module]:
     stack = list(modules)
     while stack:
         module = stack.pop()
-        if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        if isinstance(module, torch.jit.ScriptModule) or _has_compiled_code(module):
             continue
         below = [child for child in module._modules.values() if child is not None and child not in found]
         found.update(dict.fromkeys(below))
         stack += below
     return [module for module in found if module not in modules and type(module).forward is not _UNIMPLEMENTED]
+
+
+def _has_compiled_code(module: nn.Module) -> bool:
+    """Whether a compiler is at work in a module, which would compile once more for what stands on a module below it."""
+    if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+        return True
+    classes = (cls for cls in type(module).__mro__ if cls not in nn.Module.__mro__)
+    places = [vars(module), *map(vars, classes)]
+    return any(hasattr(value, "_torchdynamo_orig_callable") for place in places for value in place.values() if callable(value))
 
 
 class _Watching:

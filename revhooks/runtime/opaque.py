@@ -177,7 +177,7 @@ class OpaqueFrame(ModuleFrame):
         if is_capturing(self.device):
             self.keep(CAPTURED)
             return None
-        if not all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
+        if not all(bool(t.detach().isfinite().all()) for t in tensors_of(output) if t.is_floating_point() and not t.is_meta):
             self.keep("its output is not finite")
             return None
         trial = Trial(self, strays)

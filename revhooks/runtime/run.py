@@ -125,10 +125,10 @@ class Run(Packer):
         with contextlib.nullcontext() if inside or not self._shadowed() else saved_tensors_hooks(self.pack, self.unpack):
             if self._is_plain(args, kwargs):
                 return region.call(*args, **kwargs)
-            entry = Registration(None, _without_module(inverse))
+            entry = Registration(None, _WithoutModule(inverse))
             self._count += 1
             frame = OpaqueFrame(self, region.module(), entry, region.facts)
-            return self._open(frame, lambda _, *given, **more: region.call(*given, **more), args, kwargs)
+            return self._open(frame, _WithoutModule(region.call), args, kwargs)
 
     def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call needs no frame that is inverted: there is nothing to save, or not for us."""
@@ -481,17 +481,23 @@ def _covers(base: Tensor, tensor: Tensor) -> bool:
     )
 
 
-def _without_module(inverse: Callable[..., Any]) -> Callable[..., Any]:
-    """The inverse of a function, as one of a block: with its signature, which shows how it can be called."""
+class _WithoutModule:
+    """A function as a method of a block: with its signature, which shows how it can be called."""
 
-    def of_block(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return inverse(*args, **kwargs)
+    __slots__ = ("_function",)
 
-    with contextlib.suppress(TypeError, ValueError):  # it has none
-        signature = inspect.signature(inverse)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # looked for rarely
+        function = self._function
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
         parameters = [inspect.Parameter("module", inspect.Parameter.POSITIONAL_ONLY), *signature.parameters.values()]
-        of_block.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return of_block
+        return signature.replace(parameters=parameters)
 
 
 class _Counter:

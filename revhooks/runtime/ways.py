@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .guard import relative_error
 from .tree import leaves_of
@@ -52,11 +52,12 @@ class Way(NamedTuple):
 
 
 def places_of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Place, ...]:
-    """The places of a call's arguments, in the order of its signature: the module is its first parameter."""
+    """The places of a call's arguments, in the order of its signature."""
     if not kwargs:
         return tuple(range(len(args)))
     try:
-        names = [name for name in inspect.signature(call).parameters if name in kwargs]
+        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+        names = [name for name in signature.parameters if name in kwargs]
     except (TypeError, ValueError):
         names = []
     return (*range(len(args)), *names, *(name for name in kwargs if name not in names))
@@ -83,11 +84,13 @@ def ways(output: Any, arguments: Sequence[Any], *, named: bool) -> Iterator[Way]
     most = len(leading(arguments))
     size = len(output) if isinstance(output, (tuple, list)) else 1
     counts = [count for count in dict.fromkeys([size, 1, *range(most, 0, -1)]) if 0 < count <= most]
-    forms: list[tuple[int | None, bool]] = [(None, False)]
-    if named and isinstance(output, (tuple, list)):
-        forms = [(None, True), (None, False)] if isinstance(output, tuple) else [(None, False), (None, True)]
-        forms += [(k, spread) for k in range(size - 1, 0, -1) for spread in ((True, False) if k > 1 else (True,))]
-    return (Way(outputs, spread, count) for outputs, spread in forms for count in counts)
+    if not named or not isinstance(output, (tuple, list)):
+        return (Way(None, False, count) for count in counts)
+    fewer = range(size - 1, 0, -1)
+    alone = [Way(None, True, count) for count in counts]
+    alone += [Way(k, True, count) for k in fewer for count in counts if count <= k]
+    together = [Way(k, False, count) for k in (None, *fewer) for count in counts]
+    return iter([*alone, *together] if isinstance(output, tuple) else [*together[: len(counts)], *alone])
 
 
 def leading(arguments: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,6 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
+from .tracing import compiler, set_compiler
+
 __all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "modules_of", "own_attributes", "untouched"]
 
 
@@ -25,20 +26,21 @@ __all__ = ["PLAIN", "Buffers", "Modes", "detached_clone", "give_attributes", "mo
 
 
 class Modes:
-    """Autocast of the CPU and of the call's device, and the default device."""
+    """Autocast of the CPU and of the call's device, the default device, and what compiles frames."""
 
-    __slots__ = ("_cache", "_default_device", "autocast")
+    __slots__ = ("_cache", "_compiler", "_default_device", "autocast")
 
     def __init__(self, device: torch.device) -> None:
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
         self._cache = torch.is_autocast_cache_enabled()
         self._default_device = _device.CURRENT_DEVICE
+        self._compiler = compiler()
 
     @classmethod
     def of_call(cls, device: torch.device) -> Modes | None:
         """The modes now; ``None`` when none is set."""
-        if _device.CURRENT_DEVICE is None and not torch._C._is_any_autocast_enabled():
+        if _device.CURRENT_DEVICE is None and not torch._C._is_any_autocast_enabled() and compiler() is None:
             return None
         return cls(device)
 
@@ -54,12 +56,14 @@ class Modes:
                     stack.enter_context(context)
             if self._default_device != _device.CURRENT_DEVICE:
                 stack.enter_context(self._default_device or torch.device("cpu"))
+            if self._compiler is not compiler():
+                stack.callback(set_compiler, set_compiler(self._compiler))
             yield
 
 
 def _plain_modes() -> Modes:
     modes = Modes(torch.device("cpu"))
-    modes.autocast, modes._cache, modes._default_device = (), True, None
+    modes.autocast, modes._cache, modes._default_device, modes._compiler = (), True, None, None
     return modes
 
 
@@ -83,12 +87,11 @@ def _overwrites_unread(module: nn.Module) -> bool:
     if not isinstance(module, _BatchNorm) or not module.training or not module.track_running_stats:
         return False
     forward: Any = type(module).forward
-    while getattr(getattr(forward, "__code__", None), "co_filename", "").startswith(_PACKAGE):  # a bracket of ours
+    while getattr(forward, "__revhooks_bracket__", False):
         forward = forward.__wrapped__
     return forward in _BATCH_NORMS
 
 
-_PACKAGE = str(Path(__file__).parent)
 _BATCH_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 

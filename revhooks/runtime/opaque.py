@@ -14,6 +14,7 @@ from ..errors import InversionError, ReplayError, RevhooksError, explain
 from ..registry import Registration
 from ..state import untouched
 from ..storage import Geometry, Held, is_near, is_opaque, restride, storage_key, version_of, version_probe
+from ..tracing import compiler
 from .arguments import Arguments
 from .branch import CallState
 from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, HEAD, NEWEST, Head, ModuleFrame
@@ -95,7 +96,7 @@ class OpaqueFrame(ModuleFrame):
         self.held: Arguments | None = None
         self.replayed = False
         self.inversion = Inversion(0, ())
-        self._children = branches_of(module)
+        self._children = branches_of(module) if compiler() is None else []  # what is compiled is one piece
         self._inverted = False  # its outputs are used up
         self._shape: Any = None  # of the output: Values' places and constants
         self._output_sample: Sample | None = None

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
+from ..tracing import hide
 
 __all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "predicate"]
 
@@ -209,6 +210,8 @@ def predicate(spec: object, name: str) -> Predicate:
         classes = tuple(spec)
         return lambda module: isinstance(module, classes)
     if callable(spec):
+        if hasattr(spec, "__code__"):
+            hide(spec, closed=True)  # dynamo would compile it for every class that it meets
         return spec
     raise RegistrationError(
         explain(

@@ -338,8 +338,11 @@ class Run:
         if task != self._task:
             self._task, self._queued = task, set()
         if callback.__qualname__ not in self._queued:
+            try:
+                Variable._execution_engine.queue_callback(callback)
+            except RuntimeError:  # a pass that only records itself, to be compiled, runs to no end
+                return False
             self._queued.add(callback.__qualname__)
-            Variable._execution_engine.queue_callback(callback)
         return True
 
     @property

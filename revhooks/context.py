@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
+from . import private  # noqa: F401 - refuses a torch that lacks what the runtime imports
 from .errors import RegistrationError, explain
 from .ops import Source
 from .registry import ACTIVE

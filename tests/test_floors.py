@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "revhooks"
 FLOORS = {
     "errors": 0, "record": 0, "tracing": 0,
+    "private": 1,
     "storage": 1, "state": 1, "generators": 1,
     "functional": 2, "solvers": 2,
     "registry": 3, "ops": 3,

@@ -104,8 +104,11 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the run; what it packed can still be unpacked."""
+        run = ACTIVE.run
         hooks, ACTIVE.run, LOCAL.sink = self._entered.pop()
         hooks.__exit__(kind, error, trace)
+        if error is None and isinstance(run, Run):
+            run.close()
 
     def __call__(self, function: _F) -> _F:
         """Decorate a function or method: each call is a run of its own."""

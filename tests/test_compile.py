@@ -308,3 +308,12 @@ def test_compiled_autograd() -> None:
             loss.backward()
     for parameter, wanted in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, wanted)
+
+
+def test_named_blocks_of_a_compiled_model_are_told_of() -> None:
+    """They are part of a larger graph, and not replayed."""
+    block = fresh("Block")
+    net, x, check = chain(block)
+    model = torch.compile(net, backend="aot_eager")
+    with pytest.warns(revhooks.errors.FallbackWarning, match="compiled into a larger graph"), revhooks.reversible(replay=block):
+        check(gradients(model, net, x))

@@ -7,6 +7,7 @@ import functools
 import math
 import operator
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..errors import FallbackWarning, explain
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
 from ..ops import Source
@@ -81,6 +83,8 @@ class Run:
         self._task = -1  # the latest backward pass with something to do at its end
         self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
+        self._saw_named = False  # a block that is to be replayed
+        self._saw_compiled = False  # the output of a compiled graph
 
     unpack = operator.methodcaller("get")  # the unpack hook, of a Source
 
@@ -158,10 +162,27 @@ class Run:
 
     def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens."""
-        if self._replay is None or not self._replay(module) or self._is_plain((), {}):
+        if self._replay is None or not self._replay(module):
+            return original(module, *args, **kwargs)
+        self._saw_named = True
+        if self._is_plain((), {}):
             return original(module, *args, **kwargs)
         self._count += 1
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
+
+    def close(self) -> None:
+        """At the end of its context: warn if the blocks that are to be replayed are parts of a compiled graph."""
+        if self._replay is not None and self._saw_compiled and not self._saw_named:
+            warnings.warn(
+                explain(
+                    "replay=",
+                    expected="calls of the blocks that it names",
+                    got="none, but a compiled model: blocks that are compiled into a larger graph are not replayed",
+                    remedy="compile each block instead, for block in model: block.compile()",
+                ),
+                FallbackWarning,
+                stacklevel=3,
+            )
 
     def _shadowed(self) -> bool:
         """Whether other hooks are inside of ours, as in `torch.utils.checkpoint`: they get what is saved, not we."""
@@ -251,6 +272,8 @@ class Run:
         )
         value = Value(self, tensor if plain else base, ORDINARY, place)
         value.maker = type(tensor.grad_fn)
+        if value.maker.__name__ == "CompiledFunctionBackward":
+            self._saw_compiled = True
         value.pinned = True
         value.count_packed()
         if plain:

@@ -158,6 +158,9 @@ def test_every_node_that_is_known_is_in_the_table() -> None:
 def test_torch_has_the_attributes_of_the_node(name: str) -> None:
     program, shape, attributes = NODES[name]
     node = handled(program, *shape)
+    if name == "NativeGroupNormBackward0" and torch.__version__ >= "2.14":
+        assert operation(node) is None  # it saves no eps any more
+        return
     assert type(node).__name__ == name, f"torch has renamed {name} to {type(node).__name__}: recomputation of it is off"
     for attribute in attributes.split():
         assert hasattr(node, attribute), f"torch has renamed {attribute} of {name}: recomputation of {name} is off"

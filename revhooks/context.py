@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -12,7 +13,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
+from . import private  # noqa: F401 - refuses a torch that lacks what the runtime imports
 from .errors import RegistrationError, explain
+from .ops import Source
 from .registry import ACTIVE
 from .runtime.budget import parse_bytes
 from .runtime.local import surrounding
@@ -20,6 +23,7 @@ from .runtime.named import bracket
 from .runtime.plan import predicate
 from .runtime.replay import Region
 from .runtime.run import Run
+from .tracing import hide, hide_all
 
 __all__ = ["checkpoint", "reversible"]
 
@@ -100,11 +104,13 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the run; what it packed can still be unpacked."""
-        entered = self._entered[threading.get_ident()]
+        run, entered = ACTIVE.run, self._entered[threading.get_ident()]
         hooks, ACTIVE.run = entered.pop()
         if not entered:
             del self._entered[threading.get_ident()]
         hooks.__exit__(kind, error, trace)
+        if error is None and isinstance(run, Run):
+            run.close()
 
     def __call__(self, function: _F) -> _F:
         """Decorate a function or method: each call is a run of its own."""
@@ -179,3 +185,34 @@ class _Ambient(threading.local):
 
 
 _AMBIENT = _Ambient()
+
+
+# Of the standard library's Python, what this package calls: dynamo would compile that too.
+_HELPERS = (
+    "_collections_abc",
+    "_weakrefset",
+    "collections",
+    "contextlib",
+    "functools",
+    "inspect",
+    "threading",
+    "typing",
+    "weakref",
+)
+
+
+def _hide() -> None:
+    """Keep dynamo from all frames of this package but the layers' own; what autograd calls is closed: it calls nothing else."""
+    own = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
+    hide_all(own, but=frozenset({"forward"}))
+    hide_all(sys.modules[name] for name in _HELPERS)
+    hooks = [Run.pack]
+    kinds = [Source]
+    for kind in kinds:  # which grows
+        kinds += kind.__subclasses__()
+        hooks += [vars(kind)["get"]] if "get" in vars(kind) else []
+    for hook in hooks:
+        hide(hook, closed=True)
+
+
+_hide()

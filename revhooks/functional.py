@@ -185,8 +185,8 @@ def grid_limit(dtype: torch.dtype, bits: int) -> float:
     return 2.0 ** (_MANTISSA[dtype] - bits)
 
 
-class _Round(torch.autograd.Function):
-    """Rounding with the gradient of the identity."""
+class _Rounding(torch.autograd.Function):
+    """Rounding with the gradient of the identity, as dynamo takes it: without a `jvp`."""
 
     generate_vmap_rule = True
 
@@ -194,7 +194,9 @@ class _Round(torch.autograd.Function):
     def forward(x: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         # adding and taking off 1.5 * 2^(mantissa - 1 - bits) leaves the bits above 2^-bits, rounded half to even
         shift = 0.75 * grid_limit(dtype, bits)
-        return x.to(dtype).add(shift).sub_(shift)
+        moved = x.to(dtype).add(shift)
+        # compiled by torch 2.11, a change in place here gives wrong gradients
+        return moved.sub(shift) if torch.compiler.is_compiling() else moved.sub_(shift)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -203,6 +205,10 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.to(ctx.dtype), None, None
+
+
+class _Round(_Rounding):
+    """The same, in forward mode as well."""
 
     @staticmethod
     def jvp(_: Any, tangent: Tensor, *__: None) -> Tensor:
@@ -221,7 +227,8 @@ def round_to_grid(x: Tensor, bits: int, dtype: torch.dtype | None = None) -> Ten
         >>> round_to_grid(torch.tensor([0.3, -1.1]), 1)
         tensor([ 0.5000, -1.0000])
     """
-    return apply(_Round, x, bits, x.dtype if dtype is None else dtype)  # type: ignore[no-any-return]
+    function = _Rounding if torch.compiler.is_compiling() else _Round
+    return apply(function, x, bits, x.dtype if dtype is None else dtype)  # type: ignore[no-any-return]
 
 
 def grid_law(bits: int) -> Law:

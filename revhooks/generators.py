@@ -51,40 +51,10 @@ def _hashable(state: Any) -> Any:
     return repr(state)
 
 
-def _torch_peek() -> Callable[[], Any]:
-    """The same for torch's generator of the CPU (3 microseconds a ``get_state`` and its comparison).
-
-    The words of the Mersenne twister are looked for in a scratch generator; its position lies before them, normals made
-    in pairs after them. That is tried out there first; where it is otherwise, ``get_state`` serves.
-    """
-    scratch: Any = torch.Generator()
-    scratch.set_state(torch.default_generator.get_state())
-    offset = ctypes.string_at(scratch._cdata, 256).find(scratch.get_state().numpy()[24:].view("<u8")[:16].astype("<u4").tobytes())
-    if offset < 24:  # pragma: no cover
-        return _torch_state
-    marks = _torch_marks(scratch, offset)
-    seen = [marks()]
-    for dtype in (None, torch.float64, torch.float64, torch.float32, torch.float32):
-        draw = torch.rand if dtype is None else torch.randn
-        draw(1, generator=scratch, dtype=dtype, device="cpu")
-        seen.append(marks())
-    scratch.set_state(torch.default_generator.get_state())
-    if len(set(seen)) != len(seen) or marks() != seen[0]:  # pragma: no cover
-        return _torch_state
-    return _torch_marks(torch.default_generator, offset)
-
-
-def _torch_state() -> bytes:
-    return torch.default_generator.get_state().numpy().tobytes()
-
-
-def _torch_marks(generator: Any, offset: int) -> Callable[[], Any]:
-    """What every draw changes: how many words are left, which is next, the ends of the words, and cached normals."""
-    start, words = generator._cdata + offset, 624 * 4
-    left, following = ctypes.c_int32.from_address(start - 12), ctypes.c_uint32.from_address(start - 4)
-    first, last = ctypes.c_uint64.from_address(start), ctypes.c_uint64.from_address(start + words - 8)
-    has_float, has_double = ctypes.c_bool.from_address(start + words + 4), ctypes.c_bool.from_address(start + words + 20)
-    return lambda: (left.value, following.value, first.value, last.value, has_float.value, has_double.value)
+def _torch_mark() -> bytes:
+    """The same for torch's generator of the CPU: its whole state, which is cheap to read."""
+    state: bytes = torch.default_generator.get_state().numpy().tobytes()
+    return state
 
 
 class Rng:
@@ -171,10 +141,9 @@ def _peek(kind: str, make: Callable[[], Any]) -> Any:
 class RngTracker:
     """Reads generators, and tells cheaply whether one has moved."""
 
-    __slots__ = ("_last", "_numpy_peek", "_python_peek", "_seen", "_torch_peek")
+    __slots__ = ("_last", "_numpy_peek", "_python_peek", "_seen")
 
     def __init__(self) -> None:
-        self._torch_peek = _peek("torch", _torch_peek)
         self._python_peek = _peek("python", _python_peek)
         self._numpy_peek = _peek("numpy", _numpy_peek)
         self._seen: dict[torch.device, Any] = {}  # the latest marks of devices
@@ -185,7 +154,7 @@ class RngTracker:
         if self._numpy_peek is None:
             self._numpy_peek = _peek("numpy", _numpy_peek)
         return (
-            self._torch_peek(),
+            _torch_mark(),
             self._python_peek(),
             self._numpy_peek() if self._numpy_peek is not None else None,
             self._device_marks(device),
@@ -202,7 +171,7 @@ class RngTracker:
 
     def torch_marks(self, device: torch.device) -> Any:
         """The same for torch's generators only."""
-        return self._torch_peek(), self._device_marks(device)
+        return _torch_mark(), self._device_marks(device)
 
     def torch_state(self, device: torch.device, marks: Any) -> Rng:
         """The state of torch's generators, whose marks are these; read only when they have moved."""

@@ -79,14 +79,33 @@ def operation(node: Node, place: int = 0) -> Operation | None:
         True
     """
     name = type(node).__name__
-    if place or name in _PARTS:
-        part = _PARTS.get(name)
-        return None if part is None else part(node, place)
-    make = _OPERATIONS.get(name)
-    found = make(node) if make is not None else None
+    try:
+        if place or name in _PARTS:
+            part = _PARTS.get(name)
+            return None if part is None else part(node, place)
+        make = _OPERATIONS.get(name)
+        found = make(node) if make is not None else None
+    except _MissingError:  # this torch names it otherwise: then it is not recomputed
+        return None
     if found is None or name not in _COSTS:
         return found
     return found._replace(cost=_COSTS[name])
+
+
+class _MissingError(Exception):
+    """A node has no attribute of this name."""
+
+
+def _read(thing: Any, name: str) -> Any:
+    """An attribute of a node, of which torch promises nothing.
+
+    Raises:
+        _MissingError: there is none.
+    """
+    try:
+        return getattr(thing, name)
+    except AttributeError:
+        raise _MissingError(name) from None
 
 
 def is_operation(node: Node) -> bool:
@@ -111,7 +130,7 @@ def is_view(name: str) -> bool:
 
 def _output_size(node: Node) -> torch.Size:
     """The size of the node's first output."""
-    return torch.Size(node._input_metadata[0].shape)
+    return torch.Size(_read(node, "_input_metadata")[0].shape)
 
 
 class _Number(Source):
@@ -128,7 +147,7 @@ class _Number(Source):
 
 def _saved(node: Any, name: str) -> Source | None:
     """What the node saved: a handle, or a number that needed none; ``None`` for nothing, or saved by other means."""
-    data = getattr(node, f"_raw_saved_{name}").data
+    data = _read(_read(node, f"_raw_saved_{name}"), "data")
     if isinstance(data, Tensor):
         return _Number(data) if data.dim() == 0 and not data.requires_grad else None
     return data if isinstance(data, Source) else None
@@ -139,7 +158,7 @@ def _from_saved(function: Callable[..., Tensor], *attributes: str) -> Callable[[
 
     def make(node: Any) -> Operation | None:
         source = _saved(node, "self")
-        options = {attribute: getattr(node, f"_saved_{attribute}") for attribute in attributes}
+        options = {attribute: _read(node, f"_saved_{attribute}") for attribute in attributes}
         cost = 3.0 if options.get("approximate") == "tanh" else 1.0
         return None if source is None else Operation(lambda x: function(x, **options), (source,), cost=cost)
 
@@ -150,8 +169,8 @@ def _from_edge(function: Callable[..., Tensor], *attributes: str) -> Callable[[A
     """A function of the output of the node before."""
 
     def make(node: Any) -> Operation | None:
-        options = {attribute: getattr(node, f"_saved_{attribute}") for attribute in attributes}
-        return Operation(lambda x: function(x, **options), node.next_functions[:1])
+        options = {attribute: _read(node, f"_saved_{attribute}") for attribute in attributes}
+        return Operation(lambda x: function(x, **options), _read(node, "next_functions")[:1])
 
     return make
 
@@ -163,7 +182,7 @@ def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operatio
         inputs: list[Any] = []
         for place, name in enumerate(("self", "other")):
             saved = _saved(node, name) if hasattr(node, f"_raw_saved_{name}") else None
-            edge = node.next_functions[place]
+            edge = _read(node, "next_functions")[place]
             if saved is None and edge[0] is None:
                 return None
             inputs.append(edge if saved is None else saved)
@@ -174,15 +193,15 @@ def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operatio
 
 def _sum(sign: int) -> Callable[[Any], Operation | None]:
     def make(node: Any) -> Operation | None:
-        if any(edge[0] is None for edge in node.next_functions):
+        if any(edge[0] is None for edge in _read(node, "next_functions")):
             return None  # a number, or a tensor without gradient, of which the graph knows nothing
-        alpha = sign * node._saved_alpha
+        alpha = sign * _read(node, "_saved_alpha")
         size = _output_size(node)
 
         def in_place(a: Tensor, b: Tensor) -> Tensor:
             return a.add_(b, alpha=alpha) if a.shape == size and a.dtype is b.dtype else torch.add(a, b, alpha=alpha)
 
-        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), node.next_functions, in_place)
+        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), _read(node, "next_functions"), in_place)
 
     return make
 
@@ -258,10 +277,10 @@ def _layer_norm(node: Any) -> Operation | None:
     weight, bias = _saved(node, "weight"), _saved(node, "bias")
     if not isinstance(source, Source) or not isinstance(rstd, Source):
         return None
-    shape = tuple(node._saved_normalized_shape)
+    shape = tuple(_read(node, "_saved_normalized_shape"))
 
-    parameter = getattr(node.next_functions[1][0], "variable", None)
-    output = node._input_metadata[0]
+    parameter = getattr(_read(node, "next_functions")[1][0], "variable", None)
+    output = _read(node, "_input_metadata")[0]
     near = is_near(output.device)
     memo: Any = _eps_of_shape if parameter is None else _eps_of
     key = (shape, output.dtype) if parameter is None else parameter
@@ -294,30 +313,36 @@ def _layer_norm(node: Any) -> Operation | None:
 def _affine(node: Any) -> tuple[Any, Any] | None:
     """Weight and bias of a normalisation; ``None`` if the bias is unknown, which is not saved."""
     weight = _saved(node, "weight")
-    edge = node.next_functions[2] if len(node.next_functions) > 2 else (None, 0)
+    edge = _read(node, "next_functions")[2] if len(_read(node, "next_functions")) > 2 else (None, 0)
     if weight is None and edge[0] is None:
         return None, None
     bias = _parameter(edge)
     return None if weight is None or bias is None else (weight, bias)
 
 
-def _batch_norm(node: Any) -> Operation | None:
-    source, affine = _saved(node, "input"), _affine(node)
-    if source is None or affine is None:
-        return None
-    eps = node._saved_eps
-    if node._saved_training:
-        mean, deviation = _saved(node, "result1"), _saved(node, "result2")
-        output = node._input_metadata[0]
-        if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
-            return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
-        return Operation(functools.partial(_normalise_newly, eps), (source, *affine), cost=2.0)
-    mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
-    if mean is None or var is None:
-        return None
-    return Operation(
-        lambda x, w, b, mean, var: torch.batch_norm(x, w, b, mean, var, False, 0.0, eps, True), (source, *affine, mean, var)
-    )
+def _batch_norm(run: str, eps_name: str) -> Callable[[Any], Operation | None]:
+    """Of one backend, whose own operation is run again: another one gives other bits."""
+
+    def make(node: Any) -> Operation | None:
+        source, affine = _saved(node, "input"), _affine(node)
+        function = getattr(torch, run, None)
+        if source is None or affine is None or function is None:
+            return None
+        eps = _read(node, eps_name)
+        if _read(node, "_saved_training"):
+            mean, deviation = _saved(node, "result1"), _saved(node, "result2")
+            output = _read(node, "_input_metadata")[0]
+            if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
+                return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
+            return Operation(functools.partial(_normalise_newly, function, eps), (source, *affine), cost=2.0)
+        mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
+        if mean is None or var is None:
+            return None
+        return Operation(
+            lambda x, w, b, mean, var: function(x, w, b, mean, var, False, 0.0, eps)[0], (source, *affine, mean, var)
+        )
+
+    return make
 
 
 SAME_ON_CPU = (torch.float32, torch.float64)
@@ -337,12 +362,14 @@ def _normalise_again(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor 
     """The same bits as the batch norm's."""
     if normalises_alike(x, weight, bias):
         return _normalise(x, weight, bias, mean, rstd)
-    return _normalise_newly(eps, x, weight, bias)
+    return _normalise_newly(torch.native_batch_norm, eps, x, weight, bias)
 
 
-def _normalise_newly(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalise_newly(
+    function: Callable[..., tuple[Tensor, ...]], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """A batch norm in training that computes its statistics once more; the running ones are not touched."""
-    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, True)
+    return function(x, weight, bias, None, None, True, 0.0, eps)[0]
 
 
 def normalises_alike(x: Tensor, *affine: Tensor | None) -> bool:
@@ -387,7 +414,7 @@ def _normalised(node: Any) -> Operation | None:
     ours = type(node) is Normalise._backward_cls
     if not ours:
         return None
-    saved = [raw.data for raw in node._raw_saved_tensors]
+    saved = [_read(raw, "data") for raw in _read(node, "_raw_saved_tensors")]
     bias = None if node.bias is None else Leaf(node.bias)
     if not all(isinstance(source, Source) for source in saved) or not (bias is None or bias.lasts):
         return None
@@ -399,41 +426,41 @@ def _group_norm(node: Any) -> Operation | None:
     source, affine = _saved(node, "input"), _affine(node)
     if source is None or affine is None or not hasattr(node, "_saved_eps"):
         return None
-    groups, eps = node._saved_group, node._saved_eps
+    groups, eps = _read(node, "_saved_group"), _read(node, "_saved_eps")
     return Operation(lambda x, w, b: torch.group_norm(x, groups, w, b, eps), (source, *affine))
 
 
 def _resized(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Operation | None]:
     def make(node: Any) -> Operation | None:
         size = _output_size(node)
-        return Operation(lambda x: function(x, size), node.next_functions[:1])
+        return Operation(lambda x: function(x, size), _read(node, "next_functions")[:1])
 
     return make
 
 
 def _cast(node: Any) -> Operation | None:
-    if hasattr(node.next_functions[0][0], "variable"):
+    if hasattr(_read(node, "next_functions")[0][0], "variable"):
         return None  # a parameter's copy: its own version does not tell whether the parameter has changed
-    output = node._input_metadata[0]
+    output = _read(node, "_input_metadata")[0]
     dtype, device = output.dtype, output.device
-    return Operation(lambda x: x.to(device, dtype), node.next_functions[:1])
+    return Operation(lambda x: x.to(device, dtype), _read(node, "next_functions")[:1])
 
 
 def _slice(node: Any) -> Operation | None:
     """Its bounds come as unsigned numbers, or as none; what they mean the output's size confirms."""
-    dim, start, end, step = (_signed(getattr(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
-    whole, size = tuple(node._saved_self_sym_sizes), _output_size(node)
+    dim, start, end, step = (_signed(_read(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
+    whole, size = tuple(_read(node, "_saved_self_sym_sizes")), _output_size(node)
     bounds = slice(start, end, step)
     if len(range(whole[dim])[bounds]) != size[dim]:
         return None
-    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], node.next_functions[:1])
+    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], _read(node, "next_functions")[:1])
 
 
 def _cat(node: Any) -> Operation | None:
     """Parts without a gradient are unknown, and left out where the others fill the output: a cache that is empty yet."""
-    dim, size = _signed(node._saved_dim), _output_size(node)
-    edges = [(before, place) for before, place in node.next_functions if before is not None]
-    shapes = [before._input_metadata[place].shape for before, place in edges]
+    dim, size = _signed(_read(node, "_saved_dim")), _output_size(node)
+    edges = [(before, place) for before, place in _read(node, "next_functions") if before is not None]
+    shapes = [_read(before, "_input_metadata")[place].shape for before, place in edges]
     # an empty vector fits anything, whatever its shape
     if sum(shape[dim] for shape in shapes if len(shape) == len(size)) != size[dim]:
         return None
@@ -442,15 +469,15 @@ def _cat(node: Any) -> Operation | None:
 
 def _split(sizes: str) -> Callable[[Any, int], Operation]:
     def make(node: Any, place: int) -> Operation:
-        size, dim = getattr(node, sizes), _signed(node._saved_dim)
-        return Operation(lambda x: x.split(size, dim)[place], node.next_functions[:1], cost=0.0)
+        size, dim = _read(node, sizes), _signed(_read(node, "_saved_dim"))
+        return Operation(lambda x: x.split(size, dim)[place], _read(node, "next_functions")[:1], cost=0.0)
 
     return make
 
 
 def _unbind(node: Any, place: int) -> Operation:
-    dim = _signed(node._saved_dim)
-    return Operation(lambda x: x.select(dim, place), node.next_functions[:1], cost=0.0)
+    dim = _signed(_read(node, "_saved_dim"))
+    return Operation(lambda x: x.select(dim, place), _read(node, "next_functions")[:1], cost=0.0)
 
 
 def _signed(number: Any) -> Any:
@@ -459,13 +486,13 @@ def _signed(number: Any) -> Any:
 
 
 def _transpose(node: Any) -> Operation | None:
-    dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
-    return Operation(lambda x: x.transpose(*dims), node.next_functions[:1])
+    dims = _signed(_read(node, "_saved_dim0")), _signed(_read(node, "_saved_dim1"))
+    return Operation(lambda x: x.transpose(*dims), _read(node, "next_functions")[:1])
 
 
 def _permute(node: Any) -> Operation | None:
-    dims = [_signed(dim) for dim in node._saved_dims]
-    return Operation(lambda x: x.permute(dims), node.next_functions[:1])
+    dims = [_signed(dim) for dim in _read(node, "_saved_dims")]
+    return Operation(lambda x: x.permute(dims), _read(node, "next_functions")[:1])
 
 
 # Views of which a node has many; ``chunk`` is a split.
@@ -497,7 +524,7 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "CloneBackward0": _from_edge(lambda x: x.clone(memory_format=torch.contiguous_format)),
     "ConstantPadNdBackward0": _from_edge(lambda x, pad: F.pad(x, tuple(map(_signed, pad))), "pad"),  # with zeros, as is tried
     "CosBackward0": _from_saved(torch.cos),
-    "CudnnBatchNormBackward0": _batch_norm,
+    "CudnnBatchNormBackward0": _batch_norm("cudnn_batch_norm", "_saved_epsilon"),
     "DivBackward0": _product(torch.div),
     "EluBackward0": _from_saved(
         lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale), "alpha", "scale", "input_scale"
@@ -509,15 +536,16 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "HardtanhBackward0": _from_saved(lambda x, min_val, max_val: F.hardtanh(x, min_val, max_val), "min_val", "max_val"),
     "LeakyReluBackward0": _from_saved(F.leaky_relu, "negative_slope"),
     "LogSigmoidBackward0": _from_saved(F.logsigmoid),
+    "MiopenBatchNormBackward0": _batch_norm("miopen_batch_norm", "_saved_epsilon"),
     "MishBackward0": _from_saved(F.mish),
     "MulBackward0": _product(torch.mul),
-    "NativeBatchNormBackward0": _batch_norm,
+    "NativeBatchNormBackward0": _batch_norm("native_batch_norm", "_saved_eps"),
     "NativeGroupNormBackward0": _group_norm,
     "NativeLayerNormBackward0": _layer_norm,
     "NormaliseBackward": _normalised,
     "NegBackward0": _from_edge(torch.neg),
     "PowBackward0": _from_saved(torch.pow, "exponent"),
-    "ReluBackward0": lambda node: Operation(torch.relu, node.next_functions[:1], torch.relu_),
+    "ReluBackward0": lambda node: Operation(torch.relu, _read(node, "next_functions")[:1], torch.relu_),
     "RsqrtBackward0": _from_edge(torch.rsqrt),
     "SigmoidBackward0": _from_edge(torch.sigmoid),
     "SiluBackward0": _from_saved(F.silu),

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .errors import RegistrationError, explain
+from .tracing import hide
 
 __all__ = [
     "ACTIVE",
@@ -109,19 +110,29 @@ _REGISTRY: dict[type, dict[str, Registration]] = {}  # class -> method -> how to
 def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
     """``method``, which names no global, as a function of the original's module and name.
 
-    `torch.jit.script` takes the source of the original, and looks its names up in the globals of what it was given.
+    `torch.jit.script` takes the source of the original, and looks its names up in the globals of what it was given. Dynamo
+    steps over its frame, and judges by file and name what it may trace into: for both it is the original.
     """
     if isinstance(original, FunctionType) and isinstance(method, FunctionType):
-        method = FunctionType(method.__code__, original.__globals__, original.__name__, None, method.__closure__)
-    return functools.update_wrapper(method, original)
+        place = original.__code__
+        code = method.__code__.replace(
+            co_filename=place.co_filename,
+            co_name=place.co_name,
+            co_firstlineno=place.co_firstlineno,
+            co_qualname=place.co_qualname,
+        )
+        method = FunctionType(code, original.__globals__, original.__name__, None, method.__closure__)
+        hide(method)
+    method = functools.update_wrapper(method, original)
+    method.__revhooks_bracket__ = True  # type: ignore[attr-defined]
+    return method
 
 
 def _bracket(original: Callable[..., Any], entry: Registration) -> Callable[..., Any]:
     active, is_compiling = ACTIVE, torch.compiler.is_compiling
 
     def bracketed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = active.run
-        if run is None or is_compiling():
+        if is_compiling() or (run := active.run) is None:  # in this order: dynamo is to look at no run
             return original(self, *args, **kwargs)
         return run.call(entry, original, self, args, kwargs)
 

@@ -9,7 +9,6 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._device import DeviceContext
 from .effects import undone
 from .owned import is_foreign, is_sharded
 from .storage import clone_of, copy_of, is_allocated, is_opaque, same_values, storage_key, version_of, versions_of
+from .tracing import compiler, set_compiler
 
 __all__ = [
     "PLAIN",
@@ -37,13 +37,13 @@ __all__ = [
 
 
 class Modes:
-    """Autocast of the CPU, of CUDA and of the call's device, and the default device.
+    """Autocast of the CPU, of CUDA and of the call's device, the default device, and what compiles frames.
 
     What a call finds as its default device is a function mode of its thread, which neither follows autograd to another one nor
     is there in a backward that is called under it.
     """
 
-    __slots__ = ("_cache", "_default_device", "autocast")
+    __slots__ = ("_cache", "_compiler", "_default_device", "autocast")
 
     def __init__(self, device: torch.device) -> None:
         kinds = dict.fromkeys(("cpu", "cuda", "cpu" if device.type == "meta" else device.type))
@@ -51,11 +51,12 @@ class Modes:
         self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if enabled and torch.is_autocast_enabled(k))
         self._cache = torch.is_autocast_cache_enabled()
         self._default_device = _default_device()
+        self._compiler = compiler()
 
     @classmethod
     def of_call(cls, device: torch.device) -> Modes | None:
         """The modes now; ``None`` when none is set."""
-        if not torch._C._is_any_autocast_enabled() and _default_device() is None:
+        if not torch._C._is_any_autocast_enabled() and _default_device() is None and compiler() is None:
             return None
         return cls(device)
 
@@ -71,6 +72,8 @@ class Modes:
                     stack.enter_context(context)
             if self._default_device != _default_device():
                 stack.enter_context(self._default_device or torch.device("cpu"))
+            if self._compiler is not compiler():
+                stack.callback(set_compiler, set_compiler(self._compiler))
             yield
 
 
@@ -87,7 +90,7 @@ def _default_device() -> torch.device | None:
 
 def _plain_modes() -> Modes:
     modes = Modes(torch.device("cpu"))
-    modes.autocast, modes._cache, modes._default_device = (), True, None
+    modes.autocast, modes._cache, modes._default_device, modes._compiler = (), True, None, None
     return modes
 
 
@@ -111,12 +114,11 @@ def _overwrites_unread(module: nn.Module) -> bool:
     if not isinstance(module, _BatchNorm) or not module.training or not module.track_running_stats:
         return False
     forward: Any = type(module).forward
-    while getattr(getattr(forward, "__code__", None), "co_filename", "").startswith(_PACKAGE):  # a bracket of ours
+    while getattr(forward, "__revhooks_bracket__", False):
         forward = forward.__wrapped__
     return forward in _BATCH_NORMS
 
 
-_PACKAGE = str(Path(__file__).parent)
 _BATCH_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import RegistrationError, ShapeError, explain
 from ..functional import ADDITIVE, Law, affine_law, grid_law
 from ..storage import compact
-from ..tracing import is_traced
+from ..tracing import is_recorded
 from .coupling import Coupling, Step
 
 __all__ = ["ReversibleSequential"]
@@ -131,7 +131,7 @@ class ReversibleSequential(Coupling):
 
     def join(self, streams: Sequence[Tensor]) -> Tensor:
         """The output that carries both streams."""
-        if any(stream.requires_grad for stream in streams) and not is_traced():
+        if any(stream.requires_grad for stream in streams) and not is_recorded():
             return _Join.apply(self.dim, *streams)  # type: ignore[no-any-return]
         return super().join(streams)
 

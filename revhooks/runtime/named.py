@@ -45,8 +45,7 @@ def _bracket(cls: type, name: str) -> None:
     active, is_compiling = ACTIVE, torch.compiler.is_compiling
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        run = active.run
-        if run is None or is_compiling():
+        if is_compiling() or (run := active.run) is None:  # in this order: dynamo is to look at no run
             return original(self, *args, **kwargs)
         return run.call_named(original, self, args, kwargs)  # type: ignore[attr-defined]
 

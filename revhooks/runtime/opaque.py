@@ -14,6 +14,7 @@ from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, explain
 from ..registry import Registration
 from ..storage import Held, is_near, is_opaque, own_storage_key, restride, storage_key, version_of
+from ..tracing import compiler
 from .arguments import Arguments
 from .branch import CallState
 from .calls import Call, Constant, Input, as_leaves, copied, detached, not_a_leaf
@@ -54,8 +55,9 @@ class OpaqueFrame(ModuleFrame):
         self.replayed = False
         self.inversion = Inversion(0, ())
         known = self.facts.branches(entry.method) if entry.branches is None else None
-        self.children = branches_of(module, entry.branches) if known is None else known
-        self._looks_deeper = known is None and entry.branches is None and not isinstance(module, FunctionModule)
+        compiled = compiler() is not None  # which is one piece
+        self.children = [] if compiled else branches_of(module, entry.branches) if known is None else known
+        self._looks_deeper = not compiled and known is None and entry.branches is None and not isinstance(module, FunctionModule)
         self._inverse_strays: list[nn.Module] = []  # modules below its branches that its inverse calls past them
         self._inverted = False  # its outputs are used up
         self._places: tuple[Place, ...] = ()  # of its arguments

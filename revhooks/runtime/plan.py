@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
+from ..tracing import hide
 from .ways import Way
 
 __all__ = ["Draws", "Facts", "Fallback", "Inversion", "Predicate", "facts_of", "has_custom_function", "predicate"]
@@ -274,6 +275,8 @@ def predicate(spec: object, name: str) -> Predicate:
         classes = tuple(spec)
         return lambda module: isinstance(module, classes)
     if callable(spec):
+        if hasattr(spec, "__code__"):
+            hide(spec, closed=True)  # dynamo would compile it for every class that it meets
         return spec
     raise RegistrationError(
         explain(

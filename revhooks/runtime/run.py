@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..errors import FallbackWarning, explain
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
 from ..ops import Source
@@ -85,6 +87,8 @@ class Run(Packer):
         self._task = -1  # the latest backward pass with something to do at its end
         self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
+        self._saw_named = False  # a block that is to be replayed
+        self._saw_compiled = False  # the output of a compiled graph
 
     unpack = unpack  # the unpack hook, of a Source
 
@@ -175,12 +179,27 @@ class Run(Packer):
         """
         if self._replay is None or not self._replay(module):
             return original(module, *args, **kwargs)
+        self._saw_named = True
         if _is_in_another(module):
             return self.replay(Region.of(module, original), args, kwargs)
         if self._is_plain((), {}):
             return original(module, *args, **kwargs)
         self._count += 1
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
+
+    def close(self) -> None:
+        """At the end of its context: warn if the blocks that are to be replayed are parts of a compiled graph."""
+        if self._replay is not None and self._saw_compiled and not self._saw_named:
+            warnings.warn(
+                explain(
+                    "replay=",
+                    expected="calls of the blocks that it names",
+                    got="none, but a compiled model: blocks that are compiled into a larger graph are not replayed",
+                    remedy="compile each block instead, for block in model: block.compile()",
+                ),
+                FallbackWarning,
+                stacklevel=3,
+            )
 
     def _shadowed(self) -> bool:
         """Whether what is saved goes elsewhere: into a frame, or to hooks of others, as in `torch.utils.checkpoint`."""
@@ -264,6 +283,8 @@ class Run(Packer):
         )
         value = Value(self, tensor if plain else base, ORDINARY, place)
         value.maker = type(tensor.grad_fn)
+        if value.maker.__name__ == "CompiledFunctionBackward":
+            self._saw_compiled = True
         value.pinned = True
         value.count_packed()
         if plain:
@@ -353,8 +374,11 @@ class Run(Packer):
         if task != self._task:
             self._task, self._queued = task, set()
         if callback.__qualname__ not in self._queued:
+            try:
+                Variable._execution_engine.queue_callback(callback)
+            except RuntimeError:  # a pass that only records itself, to be compiled, runs to no end
+                return False
             self._queued.add(callback.__qualname__)
-            Variable._execution_engine.queue_callback(callback)
         return True
 
     @property

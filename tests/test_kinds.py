@@ -420,6 +420,44 @@ def test_law_of_registered_blocks(name: str, place: str) -> None:
             assert inversions  # it is not left alone for what its branch has
 
 
+def elements(tensor: Tensor) -> Tensor:
+    """Of a gradient of any kind."""
+    if isinstance(tensor, Wrapped):
+        return tensor.inner
+    if tensor.is_nested:
+        return torch.cat(list(tensor.unbind()))
+    return tensor.to_dense().as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.make is not None and "attributes" not in name])
+@pytest.mark.parametrize("place", ["argument", "parameter"])
+def test_law_of_what_needs_a_gradient(name: str, place: str) -> None:
+    kind = KINDS[name]
+
+    def step(options: dict[str, Any] | None, call: Callable[..., Any]) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = Net(kind, "argument")
+        consts = [net.const.requires_grad_()] if net.const is not None else []
+        if place == "parameter":
+            net.place = place
+            for block in net.blocks:
+                block.place, block.const = place, nn.Parameter(kind.make())  # type: ignore[misc]
+            consts = [block.const for block in net.blocks]  # type: ignore[misc]
+        x = torch.randn(N, N, requires_grad=True)
+        with contextlib.nullcontext() if options is None else revhooks.reversible(**options):
+            net(x * 1, call).square().mean().backward()
+        return [elements(t.grad) for t in (x, *consts, *net.blocks[0].first.parameters()) if t.grad is not None]  # type: ignore[union-attr]
+
+    try:
+        expected = step(None, plainly)
+    except (RuntimeError, NotImplementedError) as why:
+        pytest.skip(f"not in plain PyTorch: {str(why)[:60]}")
+    for mode, (options, call) in MODES.items():
+        got = step(options, call)
+        assert len(got) == len(expected), mode
+        assert all(map(torch.equal, got, expected)), mode
+
+
 # ---------------------------------------------------------------------------------- state
 
 

@@ -164,8 +164,8 @@ def parts_of(tensor: Tensor) -> list[Tensor] | None:
     """The tensors that one which is left alone is made of; ``None`` if that is not known.
 
     Example:
-        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse_csr())]
-        [[0, 1, 2], [0, 1], [1.0, 1.0]]
+        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse())]
+        [[[0, 1], [0, 1]], [1.0, 1.0]]
     """
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():  # nothing is saved for it
         flatten = getattr(tensor, "__tensor_flatten__", None)

@@ -234,7 +234,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, kind: Kind, place: str, blocks: int = 3) -> None:
+    def __init__(self, kind: Kind, place: str, blocks: int = 2) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(kind, place) for _ in range(blocks))
         for number, block in enumerate(self.blocks):
@@ -268,6 +268,7 @@ MODES: dict[str, tuple[dict[str, Any] | None, Callable[..., Any]]] = {
     "checkpoint twice": ({}, twice),
     "checkpoint in replay": ({"replay": Net}, revhooks.checkpoint),
 }
+FEWER = ("ops", "replay", "budget", "checkpoint", "checkpoint twice")  # for constants
 PLACES = ("activation", "argument", "buffer", "attribute", "frozen parameter", "output")
 
 
@@ -310,7 +311,8 @@ def test_law(name: str, place: str) -> None:
         expected = gradients(net, None, plainly)
     except (RuntimeError, NotImplementedError) as why:
         pytest.skip(f"not in plain PyTorch: {str(why)[:60]}")
-    for mode, (options, call) in MODES.items():
+    for mode in MODES if place in ("activation", "output") else FEWER:
+        options, call = MODES[mode]
         got = gradients(net, options, call)
         assert len(got) == len(expected), mode
         for a, b in zip(got, expected, strict=True):

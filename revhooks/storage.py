@@ -163,10 +163,10 @@ def parts_of(tensor: Tensor) -> list[Tensor] | None:
     """The tensors that one which is left alone is made of; ``None`` if that is not known.
 
     Example:
-        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse_csr())]
-        [[0, 1, 2], [0, 1], [1.0, 1.0]]
+        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse())]
+        [[[0, 1], [0, 1]], [1.0, 1.0]]
     """
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():  # nothing is saved for it
         flatten = getattr(tensor, "__tensor_flatten__", None)
         if flatten is not None:
             parts = [getattr(tensor, name) for name in flatten()[0]]
@@ -238,6 +238,7 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
     if type(a) in _PLAIN_TYPES and type(b) in _PLAIN_TYPES:
+        a, b = a.detach(), b.detach()
         a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
     if is_opaque(a) or is_opaque(b):
         if is_opaque(a) is not is_opaque(b):

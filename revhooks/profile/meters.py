@@ -60,7 +60,7 @@ class AccountedMeter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor, *, made: bool) -> None:
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_nested:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -21,7 +21,7 @@ from ..record import ModuleRow, Report, Stats, Step, WorstError
 from ..registry import lookup
 from ..runtime.guard import relative_error
 from ..runtime.run import Run
-from ..storage import is_leaf, is_opaque
+from ..storage import is_leaf, is_opaque, own_storage_key
 from .meters import AccountedMeter, alternate, cuda_peak
 
 __all__ = ["Workload", "profile", "training_step"]
@@ -225,7 +225,7 @@ def _saved_by_module(work: Workload) -> tuple[dict[str, int], int]:
     """What each module's own ops save in plain autograd, each unique storage once; and the sum."""
     saved: dict[str, int] = {}
     known: dict[int, weakref.ref[Any]] = {}
-    external = {b.untyped_storage()._cdata for b in work.model.buffers()}
+    external = {own_storage_key(buffer) for buffer in work.model.buffers()}
     with _paths(work.model) as stack:
 
         def pack(tensor: Tensor) -> Tensor:

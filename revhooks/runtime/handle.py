@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..ops import Leaf, Source
-from ..storage import Geometry, is_opaque, version_of, without_graph
+from ..storage import Geometry, version_of, without_graph
 from .value import Value, modified
 
 if TYPE_CHECKING:
@@ -24,10 +25,16 @@ class LeafHandle(Leaf):
     __slots__ = ()
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = without_graph(tensor)
-        self._version = version_of(tensor)
-        base = None if is_opaque(tensor) else tensor._base
-        self._kind = type(tensor if base is None else base)
+        kind = self._kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            self._tensor = without_graph(tensor)
+            self._version = version_of(tensor)
+            return
+        self._tensor = tensor.detach() if tensor.requires_grad else tensor
+        self._version = tensor._version
+        base = tensor._base
+        if base is not None:
+            self._kind = type(base)
 
     def get(self) -> Tensor:
         """The tensor.
@@ -36,7 +43,7 @@ class LeafHandle(Leaf):
             ModifiedError: it was modified in place since (Rule 8).
         """
         tensor = self._tensor
-        now = version_of(tensor)
+        now = tensor._version if type(tensor) is Tensor else version_of(tensor)
         if now != self._version:
             raise modified("a parameter, buffer or leaf", tensor.shape, self._version, now)
         return tensor

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..owned import is_foreign, own_attributes
+from ..storage import leaf_of
 
 __all__ = ["Former", "Objects", "Own", "Seen"]
 
@@ -246,7 +247,8 @@ class Seen:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = weakref.ref(tensor)
         self._version = None if tensor.is_inference() else tensor._version
-        self._looks = tensor.shape, tensor.dtype, tensor.requires_grad
+        shape = torch.Size() if tensor.is_nested and tensor.layout is torch.strided else tensor.shape
+        self._looks = shape, tensor.dtype, tensor.requires_grad
 
     def again(self, label: str) -> Tensor:
         """The tensor; if it is gone or was changed one without data, so that whatever reads it is found out."""
@@ -254,7 +256,7 @@ class Seen:
         shape, dtype, requires_grad = self._looks
         if tensor is None or (self._version is not None and tensor._version != self._version):
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=requires_grad)
-        return tensor.detach().requires_grad_(requires_grad)
+        return leaf_of(tensor, requires_grad=requires_grad) if requires_grad or tensor.requires_grad else tensor
 
 
 class Former:

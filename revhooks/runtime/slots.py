@@ -87,8 +87,12 @@ class Slots:
         """Pack a tensor that was saved during forward."""
         tensors = self.tensors
         self._leaves.append(kind_of(tensor))
-        tensors.append(without_graph(tensor))  # Rule 2
-        self._versions.append(version_of(tensor))
+        if type(tensor) is Tensor:
+            tensors.append(tensor.detach() if tensor.requires_grad else tensor)  # Rule 2
+            self._versions.append(tensor._version)
+        else:
+            tensors.append(without_graph(tensor))
+            self._versions.append(version_of(tensor))
         return SlotHandle(frame, self, len(tensors) - 1)
 
     def close(self, frame: Frame, facts: Facts) -> None:
@@ -134,7 +138,8 @@ class Slots:
         tensor: Tensor | None = self.tensors[index]
         if tensor is None:
             raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
-        if version_of(tensor) != self._versions[index]:
+        version = tensor._version if type(tensor) is Tensor else version_of(tensor)
+        if version != self._versions[index]:
             raise self._modified(index, tensor)
         if self.stream is not None:
             follow(tensor, self.stream)

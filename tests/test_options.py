@@ -77,7 +77,7 @@ def test_backward_runs_elsewhere_and_what_it_calls_stays_there() -> None:
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             threads.append(threading.get_ident())
             with torch.enable_grad():
-                leaf = torch.ones(2, requires_grad=True)
+                leaf = torch.ones_like(gradient, requires_grad=True)
                 leaf.register_hook(lambda g: threads.append(threading.get_ident()))
                 return gradient * grad((leaf * 3).sum(), leaf)[0]
 

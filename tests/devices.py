@@ -160,6 +160,6 @@ def _as_an_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         from revhooks import storage
 
         monkeypatch.setattr(storage, "_NEAR", frozenset())
-    if request.config.getoption("--threads") and request.node.get_closest_marker("cpu") is None:
+    if request.config.getoption("--threads") and DEVICE.type == "cpu":
         for name in ("backward", "grad"):
             monkeypatch.setattr(torch.autograd, name, in_a_thread(getattr(torch.autograd, name)))

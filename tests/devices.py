@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["DEVICE", "generator", "in_a_thread", "random_states", "set_random_states"]
 
@@ -114,12 +115,19 @@ def _carried() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return there
 
 
+def _is_batched(*given: Any) -> bool:
+    """Whether a function transform is at work, whose levels belong to the thread."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in tree_leaves(given))
+
+
 def in_a_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` in a thread of its own; what it calls itself stays in that thread, as in autograd's."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if getattr(_BACKWARD, "on", False):
+        if getattr(_BACKWARD, "on", False) or _is_batched(args, kwargs):
             return function(*args, **kwargs)
         found: list[Any] = []
         raised: list[BaseException] = []
@@ -152,6 +160,6 @@ def _as_an_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         from revhooks import storage
 
         monkeypatch.setattr(storage, "_NEAR", frozenset())
-    if request.config.getoption("--threads") and request.node.get_closest_marker("cpu") is None:
+    if request.config.getoption("--threads") and DEVICE.type == "cpu":
         for name in ("backward", "grad"):
             monkeypatch.setattr(torch.autograd, name, in_a_thread(getattr(torch.autograd, name)))

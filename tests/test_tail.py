@@ -120,9 +120,15 @@ def calls_of(end: str, wrap: Callable[..., Tensor]) -> list[int]:
     return [module.calls for module in model.modules() if isinstance(module, Count)]
 
 
+NUMBERS = "numbers must be read to see that they are a mask"
+
+
+@pytest.mark.near(reason=NUMBERS)
 @pytest.mark.parametrize("end", ENDS)
 def test_the_last_product_is_not_computed_again(end: str) -> None:
     """Its module is called, and the call ends as it saves its input."""
+    if DEVICE.type != "cpu" and ("stochastic" in end or end == "all dropped"):
+        pytest.skip(NUMBERS)
     computed: list[int] = []
     plain = F.linear
 
@@ -155,6 +161,7 @@ def test_without_early_stop_all_is_run_again() -> None:
     assert calls_of("dropout", whole) == [2, 2, 2]
 
 
+@pytest.mark.near(reason=NUMBERS)
 def test_what_is_held() -> None:
     """A bit for each element of the output, beside the input; all of it is freed with the graph."""
     model, x = net(), torch.randn(4, 8, 32, requires_grad=True)
@@ -190,7 +197,7 @@ def test_a_large_tail_is_not_held() -> None:
     del value
 
 
-@pytest.mark.near(reason="dropout on a CPU saves numbers, which must be read to see that they are a mask")
+@pytest.mark.near(reason=NUMBERS)
 def test_nothing_but_a_tail() -> None:
     """Then nothing is run again."""
     dropout = Count(nn.Dropout(0.5))

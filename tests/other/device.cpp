@@ -147,7 +147,11 @@ struct Call {
     c10::StorageImpl* key = t.storage().unsafeGetStorageImpl();
     if (!known.count(key)) known.emplace(key, wrap(t.storage(), HERE, &memory));
     Storage storage = known.at(key);
-    Tensor here = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), DispatchKeySet(DispatchKey::PrivateUse1), t.dtype());
+    Tensor here;
+    for (auto& [of, cpu] : given)  // a view is of the same kind in inference mode, too
+      if (cpu.storage().unsafeGetStorageImpl() == key)
+        here = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, Storage(storage), of.key_set(), t.dtype());
+    if (!here.defined()) here = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), DispatchKeySet(DispatchKey::PrivateUse1), t.dtype());
     set_geometry(here, t);
     here._set_conj(t.is_conj());
     here._set_neg(t.is_neg());
@@ -285,6 +289,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   for (const char* name : {"native_layer_norm", "native_layer_norm_backward", "native_group_norm", "native_group_norm_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
+
+// a copy resolves these; their fallback would copy to do so
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 
 #define LOW(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
 #define HIGH(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)

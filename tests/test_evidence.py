@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 
 import pytest
@@ -225,7 +226,41 @@ class First(nn.Module):
         return torch.tanh(self.linear(Reuses.apply(x)))
 
 
+class Own(nn.Module):
+    """Registered: only its inverse is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = First(), First()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        a = a + self.f(b)
+        return torch.cat([a, b + self.g(a)], 1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = y.chunk(2, 1)
+        b = b - self.g(a)
+        return torch.cat([a - self.f(b), b], 1)
+
+
+class Triples(Own):
+    """The block itself owns its input, no branch of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Reuses.apply(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return super().inverse(y) / 3
+
+
 BLOCKS = {
+    "registered": Own,
+    "registered, outside of branches": Triples,
     "additive": lambda: AdditiveCoupling(First(), First(), dim=1),
     "affine": lambda: AffineCoupling(nn.Sequential(First(), nn.Linear(32, 64)), dim=1),
     "two streams": lambda: ReversibleSequential(*[First() for _ in range(6)], dim=1),
@@ -233,9 +268,13 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_branch_that_owns_its_input(block: str) -> None:
+def test_a_branch_that_owns_its_input(block: str, request: pytest.FixtureRequest) -> None:
     """Plain autograd needs the stream for nothing else: so each gets what it must have."""
     torch.manual_seed(0)
+    for kind in (Own, Triples):
+        if BLOCKS[block] is kind:
+            revhooks.register(kind, inverse="inverse")
+            request.addfinalizer(functools.partial(revhooks.unregister, kind))
     net = nn.Sequential(nn.Linear(64, 64), *[BLOCKS[block]() for _ in range(3)]).double()
     x = torch.randn(8, 64, dtype=torch.float64)
     wanted = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))

@@ -86,7 +86,7 @@ class _Branch:
         """In the first call: look whether the backward of a custom function may reuse the input's memory."""
         facts = self.state.facts
         if facts.owns_input is None:
-            facts.owns_input = self.slots.saves_input and has_custom_function(update, source)
+            facts.owns_input = self.slots.saves_input and has_custom_function([update], [source])
 
     def all_slots(self) -> tuple[Slots, ...]:
         """Its own slots, and those of the law."""

@@ -219,12 +219,12 @@ class Guard:
         self,
         rebuilt: Tensor,
         original: Tensor,
-        bounds: tuple[float, float],
+        bound: float,
         label: Callable[[], str],
         learn: Callable[[], None],
         defer: Defer,
     ) -> None:
-        """Compare elements that a replay gave with those that forward had; ``learn`` is called if they differ.
+        """Compare elements that a replay gave with those that forward had; ``learn`` is called if they differ by more (relative).
 
         Raises:
             ReplayError: it computes something else than forward did.
@@ -232,10 +232,10 @@ class Guard:
         if is_capturing(rebuilt.device):
             return
         if not is_near(rebuilt.device):
-            verdict = functools.partial(self._judge_replay, bounds, functools.partial(str, label()), learn)
+            verdict = functools.partial(self._judge_replay, bound, functools.partial(str, label()), learn)
             if self.later(rebuilt, original, verdict, defer):
                 return
-        self._judge_replay(bounds, label, learn, relative_error(rebuilt, original))
+        self._judge_replay(bound, label, learn, relative_error(rebuilt, original))
 
     def later(self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer) -> bool:
         """Give the result to ``verdict`` at the end of this backward pass; ``False`` outside of one.
@@ -296,10 +296,8 @@ class Guard:
             )
         fallback(reason, label(), below=False)
 
-    def _judge_replay(
-        self, bounds: tuple[float, float], label: Callable[[], str], learn: Callable[[], None], error: float, _: int = 0
-    ) -> None:
-        if error <= 10 * bounds[0] or self.mode == "measure" or math.isinf(error):
+    def _judge_replay(self, bound: float, label: Callable[[], str], learn: Callable[[], None], error: float, _: int = 0) -> None:
+        if error <= bound or self.mode == "measure" or math.isinf(error):
             return
         learn()
         raise ReplayError(

@@ -68,7 +68,7 @@ class LeanSlots(Slots):
     def _pack(self, tensor: Tensor, index: int, frame: Frame) -> Source:
         """Hold it, or what recomputes it."""
         entry = frame.run.pack_inside(tensor, self, frame.label)
-        if frame.exact and frame.run.guard.mode != "off" and not self._is_there(entry) and is_measured(tensor):
+        if frame.compares and frame.run.guard.mode != "off" and not self._is_there(entry) and is_measured(tensor):
             self._samples[index] = some_of(tensor.detach()).clone()
         return entry
 

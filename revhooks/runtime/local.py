@@ -70,6 +70,11 @@ class Packer:
         return False
 
     @property
+    def exact(self) -> bool:
+        """Whether what is computed there is what it was, if it is being run again."""
+        return self.frame is None or self.frame.exact
+
+    @property
     def inside(self) -> bool:
         """Whether it is a frame's: what is called there opens none that is inverted."""
         return True

@@ -23,7 +23,7 @@ from .guard import Sample
 from .interpose import branches_of, deeper, shadowed
 from .local import saving_to
 from .objects import Objects
-from .plan import Facts, Inversion
+from .plan import Facts, Inversion, has_custom_function
 from .replay import FunctionModule
 from .slots import Slots
 from .tree import flatten, leaves_of, map_tensors, tensors_of
@@ -160,12 +160,23 @@ class OpaqueFrame(ModuleFrame):
         self.given = [Input(self, place, tensor) for place, tensor in enumerate(tensors_of(trees))]
         if all(one.head is not None for one in self.given):
             self._samples = [self.run.guard.sample(tensor) for tensor in tensors]
+        self._learn_ownership(tensors, arguments)
         if not self.replayed:
             _, self._with = flatten(trees)
             self._inputs = self._with(itertools.repeat(None))
             self.outputs = [Value(self.run, tensor, ANCHOR, self.label) for tensor in tensors]
             leaves, again = flatten(output)
             self._shape = [None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves], again
+
+    def _learn_ownership(self, outputs: list[Tensor], arguments: list[Tensor]) -> None:
+        """Whether a backward in it may write into its input: then the blocks before it are not rebuilt from where it has that."""
+        if self.facts.owns_input is None:
+            saves = any(slots.saves_input for slots in self._all_slots())
+            self.facts.owns_input = saves and has_custom_function(outputs, arguments)
+        for given in self.given if self.facts.owns_input else ():
+            value = given.value() if given.value is not None else None
+            if value is not None and value.held:
+                value.take([value.tensor().clone()], 0)
 
     def _shares_memory(self, output: Tensor, arguments: list[Tensor]) -> bool:
         """Whether an output lies in an argument's memory, and is not just passed on."""
@@ -291,7 +302,8 @@ class OpaqueFrame(ModuleFrame):
             value = given.value() if given.value is not None else None
             if value is None or value.held:
                 continue
-            value.receive_tensor(tensor.tensor)
+            # what a backward may write into is not what the blocks before it are rebuilt from
+            value.receive_tensor(tensor.tensor.clone() if self.facts.owns_input else tensor.tensor)
             if transient:
                 self.run.purge_later(value)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
@@ -235,10 +235,10 @@ class Facts:
             warnings.warn(f"{message} It is rebuilt from kept tensors from now on.", FallbackWarning, stacklevel=2)
 
 
-def has_custom_function(output: Tensor, source: Tensor) -> bool:
-    """Whether a `torch.autograd.Function` may be among what made ``output`` from ``source``: its backward may do anything."""
-    seen: set[Any] = {None, source.grad_fn}
-    stack: list[Any] = [output.grad_fn]
+def has_custom_function(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> bool:
+    """Whether a `torch.autograd.Function` may be among what made these outputs of these sources: its backward may do anything."""
+    seen: set[Any] = {None, *(source.grad_fn for source in sources)}
+    stack: list[Any] = [output.grad_fn for output in outputs]
     while stack:
         node = stack.pop()
         if node in seen:

@@ -135,7 +135,7 @@ class ReplayFrame(Frame):
     recomputes is not kept while the outer one is recomputed.
     """
 
-    exact = True
+    compares = True
 
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
@@ -143,6 +143,7 @@ class ReplayFrame(Frame):
         self.slots = run.slots(self, 0, region.facts, replayed=True)
         around = packer()
         self.nested = around is not None and around.inside
+        self.exact = around is None or around.exact
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
         self._tail: Tail | None = None  # before which a replay ends

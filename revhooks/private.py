@@ -7,6 +7,7 @@ dynamo out is looked up in `revhooks.tracing`, and left out where it is missing.
 from __future__ import annotations
 
 import torch
+import torch._functorch.eager_transforms
 import torch.utils._device
 import torch.utils.checkpoint
 
@@ -15,6 +16,7 @@ from .errors import explain
 __all__ = ["REQUIRED", "missing", "require"]
 
 REQUIRED = (
+    "torch._C.DisableTorchFunctionSubclass",
     "torch._C._autograd._get_current_graph_task_keep_graph",
     "torch._C._autograd._pop_saved_tensors_default_hooks",
     "torch._C._autograd._push_saved_tensors_default_hooks",
@@ -22,17 +24,27 @@ REQUIRED = (
     "torch._C._autograd._unsafe_set_version_counter",
     "torch._C._current_graph_task_id",
     "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._get_cudnn_allow_tf32",
+    "torch._C._get_float32_matmul_precision",
     "torch._C._get_tracing_state",
     "torch._C._is_any_autocast_enabled",
     "torch._C._is_tracing",
+    "torch._C._len_torch_function_stack",
+    "torch._C._set_cudnn_allow_tf32",
+    "torch._C._set_float32_matmul_precision",
     "torch._C._set_grad_enabled",
     "torch._C._set_tracing_state",
     "torch._C._storage_Use_Count",
     "torch._foreach_norm",
+    "torch._functorch.eager_transforms",
+    "torch._int_mm",
+    "torch._mkldnn",
+    "torch._neg_view",
     "torch.autograd.Variable._execution_engine.queue_callback",
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch.nn.modules.batchnorm._NormBase",
-    "torch.utils._device.CURRENT_DEVICE",
+    "torch.overrides._get_current_function_mode_stack",
+    "torch.utils._device.DeviceContext",
     "torch.utils.checkpoint._enable_checkpoint_early_stop",
 )
 

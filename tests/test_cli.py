@@ -18,12 +18,12 @@ from revhooks.record import SCHEMA_VERSION, Kept, ModuleRow, Report, Stats, Step
 from revhooks.report.tables import render
 from revhooks.report.timeline import timeline
 
+pytestmark = pytest.mark.cpu(reason="reports that name a CPU, and processes of their own")
+
 TARGETS = """
 import torch
 from torch import nn
 from revhooks.nn import AdditiveCoupling
-
-pytestmark = pytest.mark.cpu(reason="reports that name a CPU, and processes of their own")
 
 def build():
     torch.manual_seed(0)

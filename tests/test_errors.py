@@ -11,6 +11,7 @@ from revhooks import errors
 from revhooks import nn as rnn
 from revhooks.errors import RegistrationError, ReplayError, ShapeError
 from revhooks.functional import affine_law
+from tests.conftest import Counts
 
 
 def linear(a: int, b: int) -> nn.Module:
@@ -80,7 +81,7 @@ def test_options_of_layers() -> None:
         rnn.ReversibleSequential(linear(1, 1))[1]
 
 
-class Unsteady(nn.Module):
+class Unsteady(Counts, nn.Module):
     """Saves something else in every call."""
 
     def __init__(self, how: str) -> None:

@@ -442,7 +442,8 @@ def test_second_evaluations_are_counted(registered: Any) -> None:
     blocks = nn.Sequential(*[Outer() for _ in range(6)]).double()
     with revhooks.reversible() as run:
         blocks(X).sum().backward()
-    assert sum(evaluations(blocks)) == 6 + 5 + run.stats.second_evaluations
+    tried = 6  # in forward, where the inverse is tried for the first time: these are no rebuilds
+    assert sum(evaluations(blocks)) == 6 + tried + 5 + run.stats.second_evaluations
     assert run.stats.second_evaluations == 4
 
 

@@ -20,6 +20,7 @@ from revhooks.errors import FallbackWarning
 from revhooks.precision import coarse, precision_of, restored
 from revhooks.runtime.frame import Frame
 from revhooks.runtime.guard import is_again, tolerance
+from tests.conftest import Notes
 from tests.test_threads import in_thread, same
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -50,7 +51,7 @@ class Makes(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layer = nn.Linear(width, width, device="cpu", dtype=torch.float64)
-        self.seen: list[str] = []
+        self.seen = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         kind = torch.ones(3).device.type
@@ -127,11 +128,12 @@ def test_a_replay_makes_its_tensors_where_forward_did(
 
     want = step(False)
     for block in blocks:
-        block.seen.clear()
+        block.seen.taken()
     assert same(step(True), want)
     kind = "meta" if way in ("set_default_device", "context") else "cpu"
-    assert {seen for block in blocks for seen in block.seen} == {kind}
-    assert max(len(block.seen) for block in blocks) > 1  # some were run again
+    seen = [block.seen.taken() for block in blocks]
+    assert {one for notes in seen for one in notes} == {kind}
+    assert max(map(len, seen)) > 1  # some were run again
     assert not torch.overrides._get_current_function_mode_stack()
 
 
@@ -153,7 +155,7 @@ def test_a_default_device_of_backward_is_not_forwards() -> None:
             return grad
 
     Under.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
-    assert block[0].seen == ["cpu", "cpu"]
+    assert block[0].seen.taken() == ["cpu", "cpu"]
 
 
 EVERYWHERE = """
@@ -336,7 +338,7 @@ class Asks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        self.seen: list[Any] = []
+        self.seen = Notes()
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append((precision_of(CPU), torch.get_float32_matmul_precision()))
@@ -353,7 +355,7 @@ def test_a_replay_multiplies_as_forward_did(settings: None) -> None:
     loss.backward()
     assert precision_of(CPU) == now
     assert torch.get_float32_matmul_precision() == "highest"
-    seen = [seen for module in couplings.modules() if isinstance(module, Asks) for seen in module.seen]
+    seen = [seen for module in couplings.modules() if isinstance(module, Asks) for seen in module.seen.taken()]
     assert len(seen) > 6  # some were run again
     assert set(seen) == {(("bf16", now[1], now[2]), "medium")}
     assert run.stats.held_bytes == 0

@@ -24,7 +24,7 @@ from revhooks import nn as rnn
 from revhooks.registry import ACTIVE
 from revhooks.runtime import local
 from revhooks.runtime.local import packer, pop_hooks, push_hooks, top_hooks
-from tests.conftest import mlp
+from tests.conftest import Notes, mlp
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
@@ -173,7 +173,7 @@ def test_a_gradient_taken_inside_in_a_devices_thread(
 def test_nothing_of_a_call_is_kept_in_the_thread() -> None:
     """No `threading.local` but the one that tells whether ``reversible()`` is active where modules are called."""
     assert not [name for name, value in vars(local).items() if isinstance(value, threading.local)]
-    seen = []
+    seen = Notes()
 
     class Asks(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def test_nothing_of_a_call_is_kept_in_the_thread() -> None:
 
     with revhooks.reversible(replay=Asks):
         nn.Sequential(Asks(), Asks())(torch.ones(2, requires_grad=True)).sum().backward()
-    (forward, there, nowhere), _, (replay, again, _) = seen
+    (forward, there, nowhere), _, (replay, again, _) = seen.taken()
     assert forward is there is not None
     assert replay is again is not forward
     assert nowhere is None

@@ -20,6 +20,7 @@ from revhooks.ops import Source, operation
 PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without
     "torch._C._dynamo",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported",
 }
 
 

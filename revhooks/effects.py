@@ -16,10 +16,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .errors import ReplayError, explain
+from .kinds import is_allocated
 from .names import Names, named_by, named_by_class
 from .owned import STANDARD, is_foreign, is_sharded, own_attributes
 from .reach import PLAIN, Aspect, aspects_of, is_library, is_same, put_own
-from .storage import is_allocated, is_opaque, version_of
+from .storage import is_opaque, version_of
 
 __all__ = ["Effects", "undone"]
 

@@ -19,8 +19,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .effects import undone
+from .kinds import clone_of, copy_of, is_allocated, same_values
 from .owned import is_foreign, is_sharded
-from .storage import clone_of, copy_of, is_allocated, is_opaque, same_values, storage_key, version_of, versions_of
+from .storage import is_opaque, storage_key, version_of, versions_of
 from .tracing import compiler, set_compiler
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revhooks
-from revhooks.storage import copy_of, is_allocated, same_values
+from revhooks.kinds import copy_of, is_allocated, same_values
 
 N = 8
 

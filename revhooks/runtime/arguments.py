@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..storage import Held, is_opaque, leaf_of, version_of, without_graph
+from ..kinds import leaf_of, without_graph
+from ..storage import Held, is_opaque, version_of
 from .objects import Former, Objects, Seen
 from .tree import flatten
 from .value import modified

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..kinds import is_allocated
 from ..owned import give_attributes
 from ..state import detached_clone
-from ..storage import Held, is_allocated, version_of
+from ..storage import Held, version_of
 from .arguments import Argument
 from .objects import Former, Objects, Own, Seen
 from .tree import leaves_of

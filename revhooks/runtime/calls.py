@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..storage import Geometry, clone_of, copy_of, is_opaque, leaf_of, restride, stride_of, version_of, version_probe
+from ..kinds import clone_of, copy_of, leaf_of
+from ..storage import Geometry, is_opaque, restride, stride_of, version_of, version_probe
 from .branch import CallState
 from .frame import Head
 from .guard import Sample

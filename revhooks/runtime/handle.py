@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..kinds import without_graph
 from ..ops import Leaf, Source
-from ..storage import Geometry, version_of, without_graph
+from ..storage import Geometry, version_of
 from .value import Value, modified
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
+from ..kinds import is_allocated, without_graph
 from ..ops import Source
-from ..storage import is_allocated, is_opaque, version_of, without_graph
+from ..storage import is_opaque, version_of
 from ..streams import follow
 from .guard import is_measured
 from .handle import SlotHandle, ViewHandle

@@ -18,7 +18,7 @@ from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
-from ..storage import without_graph
+from ..kinds import without_graph
 
 if TYPE_CHECKING:
     from ..ops import Source

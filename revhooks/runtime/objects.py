@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kinds import leaf_of
 from ..owned import is_foreign, own_attributes
-from ..storage import leaf_of
 
 __all__ = ["Former", "Objects", "Own", "Seen"]
 

@@ -19,11 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import FallbackWarning, explain
 from ..generators import RngTracker
+from ..kinds import without_graph
 from ..nn.coupling import Coupling
 from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
-from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key, without_graph
+from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
 from ..tracing import is_traced, untraced
 from .arguments import runs_out
 from .budget import Budget

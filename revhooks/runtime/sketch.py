@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage import is_allocated, is_near
+from ..kinds import is_allocated
+from ..storage import is_near
 from .guard import is_measured
 
 __all__ = ["Sketch", "some_of"]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModifiedError, ReplayError, explain
+from ..kinds import without_graph
 from ..ops import Source
-from ..storage import is_leaf, is_opaque, is_parameter, version_of, without_graph
+from ..storage import is_leaf, is_opaque, is_parameter, version_of
 from ..streams import follow, stream_of
 from .guard import is_again
 from .handle import SlotHandle

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kinds import is_allocated
 from ..ops import Source
-from ..storage import Geometry, Held, Ledger, is_allocated, is_near
+from ..storage import Geometry, Held, Ledger, is_near
 from .codes import Code, mask_of
 from .value import Value, at_version
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BackwardError, ModifiedError, explain
+from ..kinds import without_graph
 from ..ops import Source
-from ..storage import Geometry, Held, reserve, restride, version_probe, without_graph
+from ..storage import Geometry, Held, reserve, restride, version_probe
 from ..streams import follow, stream_of
 
 if TYPE_CHECKING:

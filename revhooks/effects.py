@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .errors import ReplayError, explain
-from .kinds import is_allocated
+from .kinds import is_allocated, same_values
 from .names import Names, named_by, named_by_class
 from .owned import STANDARD, is_foreign, is_sharded, own_attributes
 from .reach import PLAIN, Aspect, aspects_of, is_library, is_same, put_own
@@ -82,6 +82,9 @@ class Effects:
                 continue
             if len(seen) > _MOST:
                 return
+            if isinstance(thing, type):
+                self._note_class(thing)
+                continue
             seen.add(id(thing))
             if kind is tuple:
                 things += thing
@@ -89,8 +92,6 @@ class Effects:
                 self._note_function(thing)
             elif isinstance(thing, Tensor):
                 self._note_tensor(thing)
-            elif isinstance(thing, type):
-                self._note_class(thing)
             else:
                 self._note(thing, kind)
 
@@ -161,7 +162,11 @@ class Effects:
         return lost
 
     def _written(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [(tensor, copy) for tensor, version, copy in self._tensors if version_of(tensor) != version]
+        return [
+            (tensor, copy)
+            for tensor, version, copy in self._tensors
+            if version_of(tensor) != version or (copy is not None and not same_values(tensor, copy))  # past its counter
+        ]
 
 
 class Finding(Protocol):

@@ -18,7 +18,7 @@ from ..storage import is_near, is_opaque
 if TYPE_CHECKING:
     from .plan import Fallback
 
-__all__ = ["DRIFT", "Guard", "Sample", "is_again", "is_measured", "relative_error", "tolerance"]
+__all__ = ["DRIFT", "Guard", "Sample", "Verdict", "is_again", "is_measured", "relative_error", "tolerance"]
 
 Verdict = Callable[[float, int], None]  # takes a relative error, and how many exact zeros have not come back
 Defer = Callable[[Callable[[], None]], bool]  # calls a function at the end of the backward pass; False outside of one
@@ -244,8 +244,12 @@ class Guard:
         """
         if not defer(self.settle):
             return False
-        self._pending.append(_Pending(rebuilt, original, verdict))
+        self.note(rebuilt, original, verdict)
         return True
+
+    def note(self, rebuilt: Tensor, original: Tensor, verdict: Verdict) -> None:
+        """Give the result to ``verdict`` at the end of the next backward pass that compares something."""
+        self._pending.append(_Pending(rebuilt, original, verdict))
 
     def settle(self) -> None:
         """Read the comparisons that an accelerator has made, all at once."""

@@ -9,7 +9,7 @@ copies of what was changed and of what leads there; nothing else is copied, and 
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -24,7 +24,7 @@ from ..owned import is_foreign, own_attributes
 __all__ = ["Former", "Objects", "Own", "Seen"]
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range})
-_DICTS = (dict, OrderedDict, defaultdict)
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
 _LISTS = (list, tuple, set, deque)
 _WHOLE = (Tensor, nn.Module, Enum, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 _MOST = 4000  # things that are looked at

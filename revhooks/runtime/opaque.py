@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, explain
+from ..kinds import leaf_of
 from ..registry import Registration
 from ..storage import Held, is_near, is_opaque, own_storage_key, restride, storage_key, version_of
 from ..tracing import compiler
@@ -340,8 +341,7 @@ class OpaqueFrame(ModuleFrame):
             index, call = self._match(ordinal)
             if memo is None or call is None or not self._fills(index, call, child, (a, k)):
                 self.run.second_evaluations += 1
-                state = call.state if call is not None and call.child is child else self.state
-                return state.repeat(lambda: proceed(*a, **k), grad=torch.is_grad_enabled())
+                return self._evaluate(call, child, proceed, a, k)
             written = ordinal in self.inversion.written
             a, k = as_leaves((a, k), call.strides, call.grads, lambda t: written or own_storage_key(t) in outputs)
             memo[index] = map_tensors(detached, self._filled(call, lambda: proceed(*a, **k), transient=transient))
@@ -353,6 +353,16 @@ class OpaqueFrame(ModuleFrame):
         with shadowed(self.children, branch, self._inverse_strays, note):
             way, inverse = self.inversion.way, self.entry.resolve(self.module)
             return self.state.repeat(lambda: way.call(inverse, output, args, kwargs), grad=False, reach=(args, kwargs))
+
+    def _evaluate(
+        self, call: Call | None, child: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A branch call of the inverse that fills nothing; one that takes a gradient inside takes it here, too."""
+        state = call.state if call is not None and call.child is child else self.state
+        if torch.is_grad_enabled() or not any(one.child is child and one.takes_gradient for one in self.calls):
+            return state.repeat(lambda: proceed(*args, **kwargs), grad=torch.is_grad_enabled())
+        args, kwargs = map_tensors(lambda t: leaf_of(t, requires_grad=t.is_floating_point() or t.is_complex()), (args, kwargs))
+        return map_tensors(copied, state.repeat(lambda: proceed(*args, **kwargs), grad=True))
 
     def _match(self, ordinal: int) -> tuple[int, Call | None]:
         """The call of forward that a branch call of the inverse repeats, as the first try has shown."""

@@ -19,6 +19,7 @@ from ..fingerprint import fingerprint
 from ..ops import Leaf, is_doubtful, is_operation, is_view, operation, saves_result
 from ..state import PLAIN
 from ..storage import Geometry, is_near, restride
+from .guard import Verdict
 from .handle import SlotHandle, ViewHandle
 from .value import Value
 
@@ -91,6 +92,24 @@ class Recipe:
         if self._fingerprint is None and self._run.guard.mode != "off" and not tensor.is_meta and not is_capturing(tensor.device):
             self._fingerprint = fingerprint(tensor)
 
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor that is saved once more is what was let go of: it may have been edited past its version counter."""
+        if self._fingerprint is None or is_capturing(tensor.device):
+            return True
+        now = fingerprint(tensor)
+        if is_near(tensor.device):
+            same = torch.equal(now, self._fingerprint)
+            if not same:
+                _trials[self._site] = -1
+            return same
+        self._run.guard.note(*self._difference(now, self._fingerprint))
+        return True
+
+    def _difference(self, now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Verdict]:
+        """What an accelerator is to be asked later."""
+        differs = (now != before).any().float()
+        return differs, torch.zeros_like(differs), functools.partial(_verdict, self._site, self.what)
+
     def tensor(self, geometry: Geometry) -> Tensor:
         """The tensor, in its own strides.
 
@@ -111,10 +130,9 @@ class Recipe:
             if not torch.equal(now, before):
                 raise self._differs(*_OTHERS)
             return
-        differs = (now != before).any().float()
-        verdict = functools.partial(_verdict, self._site, self.what)
-        if not self._run.guard.later(differs, torch.zeros_like(differs), verdict, self._run.at_end):
-            verdict(float(differs))
+        differs, nothing, verdict = self._difference(now, before)
+        if not self._run.guard.later(differs, nothing, verdict, self._run.at_end):
+            verdict(float(differs), 0)
 
     def _differs(self, expected: str, got: str) -> ReplayError:
         return _differs(self._site, self.what, expected, got)

@@ -39,7 +39,7 @@ from .local import Packer, packer, pop_hooks, push_hooks, surrounding, unpack
 from .offload import HeldAway, Offload, Parked
 from .opaque import OpaqueFrame
 from .plan import Facts, Fallback, Predicate
-from .recipe import SMALL, note_output, recipe_of
+from .recipe import SMALL, Recipe, note_output, recipe_of
 from .replay import FunctionModule, Region, ReplayFrame
 from .slots import Slots
 from .transforms import make_room
@@ -235,8 +235,10 @@ class Run(Packer):
             value = self._new_value(tensor, base, unshared=unshared)
             if base is tensor:
                 return value
-        elif self._ops and not value.pinned and Geometry.of(tensor) == value.geometry:
-            note_output(tensor, value)
+        else:
+            if self._ops and not value.pinned and Geometry.of(tensor) == value.geometry:
+                note_output(tensor, value)
+            _look_again(value, tensor)
         value.pin(tensor)
         value.count_packed()
         return _in_memory_of(value, tensor)
@@ -257,6 +259,8 @@ class Run(Packer):
                 value.recipe = recipe_of(self, base, what, slots)
                 self._let_go(value)
                 note_output(base, value)
+        else:
+            _look_again(value, tensor)
         return _in_memory_of(value, tensor)
 
     def _let_go(self, value: Value) -> None:
@@ -482,6 +486,14 @@ def _is_in_another(module: nn.Module) -> bool:
     around = packer()
     frame = around.frame if around is not None else None
     return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
+
+
+def _look_again(value: Value, tensor: Tensor) -> None:
+    """Of what is saved once more and was let go of: hold it as it is now, if it is not what it was."""
+    recipe = value.recipe
+    if isinstance(recipe, Recipe) and not value.held and not recipe.is_of(torch.as_strided(tensor.detach(), *value.geometry)):
+        value.recipe = None
+        value.pin(tensor)
 
 
 def _in_memory_of(value: Value, tensor: Tensor) -> Source:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revhooks
-from revhooks.errors import ModifiedError, ReplayError
+from revhooks.errors import InversionError, ModifiedError, ReplayError
 from revhooks.fingerprint import _weigh_words, fingerprint
 from revhooks.nn import AdditiveCoupling, AffineCoupling, ReversibleSequential
 from revhooks.runtime import recipe
@@ -287,3 +287,72 @@ def test_a_branch_that_owns_its_input(block: str, request: pytest.FixtureRequest
                     loss.backward()
             assert run.stats.inversions
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("edit", ["roll", "two rows", "one element"])
+@pytest.mark.parametrize("when", [(0, 0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("budget", [0, 5e4])
+def test_an_edit_between_two_saves_of_one_tensor(edit: str, when: tuple[int, ...], budget: float) -> None:
+    """Past the version counter, so that plain autograd sees what is there now, for both: and so it is here."""
+
+    def train(context: contextlib.AbstractContextManager[object]) -> list[Tensor]:
+        recipe._trials.clear()
+        torch.manual_seed(0)
+        a, b, c = (nn.Linear(64, 64) for _ in range(3))
+        x, seen = torch.randn(300, 64), []
+        with context:
+            for edited in when:
+                h = torch.relu(F.silu(a(x)))
+                z = b(h)
+                if edited:
+                    EDITS[edit](h.data)
+                seen += torch.autograd.grad((z + c(h)).square().mean(), [a.weight, b.weight, c.weight])
+        return seen
+
+    got = train(revhooks.reversible(budget=budget))
+    assert all(map(torch.equal, got, train(contextlib.nullcontext())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_replay_that_differs_in_one_channel(dtype: torch.dtype) -> None:
+    """Of 4,096: hardly any of the elements that are compared lie there."""
+    net = nn.Linear(8, 4096, dtype=dtype)
+
+    def forward(x: Tensor) -> Tensor:
+        global _place
+        _place += 1
+        mask = torch.ones(4096, dtype=x.dtype)
+        mask[_place] = 0
+        return torch.sin(torch.tanh(net(x)) * mask)
+
+    for options in ({"ops": False}, {}):
+        with pytest.raises(ReplayError), revhooks.reversible(**options):
+            revhooks.checkpoint(forward, torch.randn(64, 8, dtype=dtype)).square().sum().backward()
+
+
+_place = 0  # a number that no call owns
+
+
+def test_an_inverse_that_is_wrong_for_one_row(request: pytest.FixtureRequest) -> None:
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = x.chunk(2, 1)
+            return torch.cat([a + self.f(b).tanh(), b], 1)
+
+        def inverse(self, y: Tensor) -> Tensor:
+            a, b = y.clamp(-20, 20).chunk(2, 1)
+            return torch.cat([a - self.f(b).tanh(), b], 1)
+
+    revhooks.register(Clamps, inverse="inverse")
+    request.addfinalizer(lambda: revhooks.unregister(Clamps))
+    net = nn.Sequential(*[Clamps() for _ in range(4)]).double()
+    x = torch.randn(4096, 32, dtype=torch.float64)
+    for step in range(2):
+        given = x.clone()
+        given[1234, :3] += 50 * step
+        with pytest.raises(InversionError) if step else contextlib.nullcontext(), revhooks.reversible():
+            net(given).square().mean().backward()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..capture import is_capturing
 from ..errors import InversionError, ReplayError, RevhooksError, explain
+from ..projection import projection
 from ..record import WorstError
 from ..storage import is_near, is_opaque
 
@@ -126,14 +127,19 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 class Sample(NamedTuple):
-    """A few hundred elements of a tensor, by logical index."""
+    """A few hundred elements of a tensor, by logical index, and a projection of all of it where there is one."""
 
     places: Tensor | None
     values: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The elements of another tensor at the same places; of a small tensor no copy."""
-        return tensor.detach() if self.places is None else tensor.detach().take(self.places)
+        """The same of another tensor; of a small tensor no copy."""
+        if self.places is None:
+            return tensor.detach()
+        values = tensor.detach().take(self.places)
+        if len(self.values) == len(values):
+            return values
+        return torch.cat([values, projection(tensor.contiguous(), len(values))])
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """The same as a copy, for what may be written to before it is read."""
@@ -169,7 +175,9 @@ class Guard:
         if tensor.numel() <= SAMPLES:
             return Sample(None, tensor.clone())
         index = self._index(tensor.numel(), tensor.device)
-        return Sample(index, tensor.take(index))
+        values = tensor.take(index)
+        overall = projection(tensor, SAMPLES) if is_near(tensor.device) else values[:0]
+        return Sample(index, torch.cat([values, overall]) if len(overall) else values)
 
     def _index(self, numel: int, device: torch.device) -> Tensor:
         key = (numel, device)

@@ -15,7 +15,7 @@ from ..streams import follow
 from .guard import is_measured
 from .handle import SlotHandle, ViewHandle
 from .local import EnoughError, Filling
-from .sketch import some_of
+from .sketch import Elements
 from .slots import ALONE, DEAD, Slots, kind_of, looks_of
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LeanSlots(Slots):
         self._budget = frame.run.budget
         self._undecided = True  # neither let go of nor read so far
         self._plain = not facts.stays(self._budget.limit)  # holds tensors as they are
-        self._samples: dict[int, Tensor] = {}  # some elements of what is recomputed, for a comparison
+        self._samples: dict[int, Elements] = {}  # some elements of what is recomputed, for a comparison
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
         self.values: Values = {}
 
@@ -70,7 +70,7 @@ class LeanSlots(Slots):
         """Hold it, or what recomputes it."""
         entry = frame.run.pack_inside(tensor, self, frame.label)
         if frame.compares and frame.run.guard.mode != "off" and not self._is_there(entry) and is_measured(tensor):
-            self._samples[index] = some_of(tensor.detach()).clone()
+            self._samples[index] = Elements(tensor)
         return entry
 
     def close(self, frame: Frame, facts: Facts) -> None:
@@ -134,7 +134,7 @@ class LeanSlots(Slots):
                 self._ledger.packed -= self._packed
                 self._packed = 0
 
-    def there(self) -> list[tuple[int, Tensor]]:
+    def there(self) -> list[tuple[int, Tensor | Elements]]:
         """What a replay can bring back, with its place: what is held itself, and some elements of what is recomputed."""
         if self._plain:
             return super().there()

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from ..kinds import is_allocated
+from ..projection import projection
 from ..storage import is_near
 from .guard import is_measured
 
-__all__ = ["Sketch", "some_of"]
+__all__ = ["Elements", "Sketch", "some_of"]
 
 ELEMENTS = 32  # of each tensor
+
+
+class Elements:
+    """What a sketch has of a tensor, in the place of the tensor."""
+
+    __slots__ = ("device", "dtype", "values")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.values = elements_of(tensor).clone()
+        self.dtype, self.device = self.values.dtype, self.values.device
 
 
 class _Group(NamedTuple):
@@ -44,13 +55,13 @@ class Sketch:
 
     __slots__ = ("_groups",)
 
-    def __init__(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+    def __init__(self, tensors: Iterable[tuple[int, Tensor | Elements]]) -> None:
         found: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[Tensor]]] = {}
         for place, tensor in tensors:
-            if is_measured(tensor) and is_allocated(tensor):
+            if isinstance(tensor, Elements) or (is_measured(tensor) and is_allocated(tensor)):
                 places, parts = found.setdefault((tensor.dtype, tensor.device), ([], []))
                 places.append(place)
-                parts.append(some_of(tensor.detach()))
+                parts.append(tensor.values if isinstance(tensor, Elements) else elements_of(tensor))
         self._groups = {
             key: _Group(places, [part.numel() for part in parts], torch.cat(parts)) for key, (places, parts) in found.items()
         }
@@ -80,6 +91,14 @@ def _next_to_nothing(elements: Tensor) -> Tensor:
     sizes = sizes.to(torch.promote_types(sizes.dtype, torch.float32))
     mean_square = torch.where(sizes.isfinite(), sizes, 0.0).square().mean(0, keepdim=True)
     return (mean_square * torch.finfo(elements.dtype).eps).sqrt().to(elements.dtype)
+
+
+def elements_of(tensor: Tensor) -> Tensor:
+    """Evenly spread elements of a tensor, which may lie in its memory, and a projection of all of it where there is one."""
+    values = some_of(tensor.detach())
+    if values.numel() == tensor.numel() or not is_near(tensor.device):
+        return values
+    return torch.cat([values, projection(tensor, ELEMENTS)])
 
 
 def some_of(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .value import modified
 if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
+    from .sketch import Elements
     from .statistics import Statistics
     from .tail import Tail
 
@@ -169,7 +170,7 @@ class Slots:
         """What plain autograd would hold for them, and for no slots of the frame before."""
         return self._packed
 
-    def there(self) -> list[tuple[int, Tensor]]:
+    def there(self) -> list[tuple[int, Tensor | Elements]]:
         """What is held itself, of what a replay can bring back, with its place."""
         return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
 

@@ -11,6 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -122,6 +123,27 @@ def _is_batched(*given: Any) -> bool:
     return any(isinstance(leaf, Tensor) and torch._C._functorch.is_legacy_batchedtensor(leaf) for leaf in tree_leaves(given))
 
 
+def _run_in_the_thread(work: Callable[[], None]) -> None:
+    """The same each time, as autograd has one for each device; it holds nothing of ``work`` afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return
+    if not hasattr(_BACKWARD, "queues"):
+        _BACKWARD.queues = asked, done = SimpleQueue[Any](), SimpleQueue[None]()
+
+        def serve() -> None:
+            while True:
+                asked.get()()
+                done.put(None)
+
+        threading.Thread(target=serve, daemon=True).start()
+    asked, done = _BACKWARD.queues
+    asked.put(work)
+    done.get()
+
+
 def in_a_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` in a thread of its own; what it calls itself stays in that thread, as in autograd's."""
 
@@ -140,9 +162,7 @@ def in_a_thread(function: Callable[..., Any]) -> Callable[..., Any]:
             except BaseException as error:
                 raised.append(error)
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
+        _run_in_the_thread(work)
         if raised:
             try:
                 raise raised[0]

@@ -328,26 +328,41 @@ def test_a_replay_that_fails_is_learned_from(kind: type[Stateful], tailed: bool)
             _train(model, lambda: revhooks.reversible(replay=named, guard="raise"), 1)
 
 
+class Masked(Stateful):
+    def call(self, h: Tensor) -> Tensor:
+        return h * self.state
+
+
+class Masks(nn.Module):
+    """Sets a mask before it calls the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Masked(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.state = x.sin()
+        return self.layer(x)
+
+
 def test_what_others_put_there() -> None:
-    """A mask that the model sets before it calls the layer."""
-
-    class Masked(Stateful):
-        def call(self, h: Tensor) -> Tensor:
-            return h * self.state
-
-    class Parent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Masked(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.layer.state = x.sin()
-            return self.layer(x)
-
-    model = Parent().double()
+    model = Masks().double()
     expected, _ = _train(model, contextlib.nullcontext, 1)
     with pytest.raises(ReplayError):
         _train(model, lambda: revhooks.reversible(replay=Masked), 1)
+    got, _ = _train(model, lambda: revhooks.reversible(replay=Masked), 1)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_calls_made_before_the_first_was_found_to_fail_fail_too() -> None:
+    """And the block is learned from all the same: none of them was made with what the first has shown."""
+    model = Masks().double()
+    expected, _ = _train(model, contextlib.nullcontext, 1)
+    with revhooks.reversible(replay=Masked):
+        outputs = [model(X * scale).sum() for scale in (1, 2, 3)]
+    for output in outputs[:-1]:  # the last call has kept what it saved
+        with pytest.raises(ReplayError):
+            output.backward()
     got, _ = _train(model, lambda: revhooks.reversible(replay=Masked), 1)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 

@@ -58,7 +58,7 @@ def test_order_counts(name: str, dtype: torch.dtype) -> None:
     swapped[x.to(torch.float64 if not dtype.is_complex else dtype).abs().argmax()] = x[0]
     rows = square.clone()
     rows[[3, 40]] = rows[[40, 3]]
-    edits = [x.flip(0), x.roll(1), x.roll(64), square.t().reshape(-1), rows.view(-1), x[torch.randperm(4096)]]
+    edits = [x.flip(0), x.roll(1), x.roll(64), square.t().reshape(-1), rows.view(-1), x[torch.randperm(4096, device=x.device)]]
     for edited in edits:
         assert torch.equal(edited, x) or not torch.equal(FINGERPRINTS[name](edited), before)
 

@@ -592,9 +592,8 @@ def test_graphs_of_kinds_may_be_kept() -> None:
 DISTRIBUTED = """
 import torch, revhooks, torch.nn as nn, torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 mesh = init_device_mesh("cpu", (1,))
 
 

@@ -804,7 +804,7 @@ def test_backward_from_another_thread(kind: str) -> None:
 
 
 def test_drift_is_caught_named_and_gone_in_the_next_step() -> None:
-    """Gain 2, depth 96, bfloat16 streams (DESIGN section 8)."""
+    """Gain 2, depth 128, bfloat16 streams; at 96 the rounding of torch 2.11 stays within the bound (DESIGN section 8)."""
     torch.manual_seed(0)
 
     def fn() -> nn.Module:
@@ -814,7 +814,7 @@ def test_drift_is_caught_named_and_gone_in_the_next_step() -> None:
             net[3].weight.mul_(2)
         return net
 
-    net = nn.Sequential(*[rnn.AdditiveCoupling(fn(), fn(), dim=-1) for _ in range(48)]).bfloat16()
+    net = nn.Sequential(*[rnn.AdditiveCoupling(fn(), fn(), dim=-1) for _ in range(64)]).bfloat16()
     x = torch.randn(4, 32, dtype=torch.bfloat16)
     said: list[str] = []
     for _ in range(2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,7 @@ class Frame(abc.ABC):
         self.ordinal = run.ordinal
         self._training = training
         self.device: torch.device
+        self.look_again: Callable[[], None]
         self.modes: Modes | None
         self.precision: Precision = ()
         self.captured = False  # its call is part of a CUDA graph
@@ -140,6 +142,7 @@ class Frame(abc.ABC):
     def begin(self, device: torch.device) -> None:
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
+        self.look_again = functools.partial(self.facts.look_again, again=self.facts.looked_again)  # if it cannot be repeated
         self.modes = Modes.of_call(device)
         self.precision = precision_of(device)
         self.captured = is_capturing(device)
@@ -270,7 +273,7 @@ class Frame(abc.ABC):
     def check_replay(self, rebuilt: Tensor, original: Tensor, label: Callable[[], str]) -> None:
         """Compare elements that a replay gave, in memory of their own, with those that forward had."""
         run = self.run
-        run.guard.check_replay(rebuilt, original, self._replay_bound(original), label, self.facts.look_again, run.at_end)
+        run.guard.check_replay(rebuilt, original, self._replay_bound(original), label, self.look_again, run.at_end)
 
     def _replay_bound(self, original: Tensor) -> float:
         """How far a replay may be off: from what was kept by the order of sums only, which an accelerator leaves open."""

@@ -198,10 +198,20 @@ class Facts:
         """Remember whether it was: at a larger budget what stays will stay, at a smaller one what goes will go."""
         self._goes = min(self._goes, math.nextafter(budget, -math.inf)) if stays else max(self._goes, budget)
 
-    def look_again(self) -> None:
-        """At all attributes: a call could not be repeated. Once more, and it never can."""
-        self.repeatable = not self.attributes[0].failed
-        self.attributes = (AttributeFacts(failed=True), AttributeFacts(failed=True))
+    @property
+    def looked_again(self) -> bool:
+        """Whether calls that are made now have all their attributes looked at."""
+        return self.attributes[0].failed
+
+    def look_again(self, *, again: bool) -> None:
+        """At all attributes: a call could not be repeated. If they were looked at in this one (``again``), it never can.
+
+        Several calls may have been made before the first of them is found to fail.
+        """
+        if again:
+            self.repeatable = False
+        elif not self.looked_again:
+            self.attributes = (AttributeFacts(failed=True), AttributeFacts(failed=True))
 
     def inversion(self, key: object) -> Inversion | None:
         """What the first try of the inverse has shown for these shapes, if there was one."""

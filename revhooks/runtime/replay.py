@@ -231,7 +231,7 @@ class ReplayFrame(Frame):
             self.state.repeat(fill, grad=True, reach=(self.region.call, args, kwargs))
         except Exception as problem:
             if not isinstance(problem, torch.OutOfMemoryError):
-                self.facts.look_again()
+                self.look_again()
                 problem.add_note(f"It came from the replay of {self.label}; its call in forward did not raise it.")
             raise
         if self._sketch is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import storage
 from revhooks.record import Stats
+from revhooks.registry import entries_of
 from revhooks.runtime import plan, run, statistics
 from tests.devices import (  # noqa: F401 - pytest looks for hooks and fixtures here
     _as_an_accelerator,
@@ -182,3 +183,18 @@ def compare(model: nn.Module, *inputs: Tensor, tol: float = 1e-10, **kwargs: Any
     assert rev.stats is not None
     assert rev.stats.held_bytes == 0, rev.stats.kept
     return rev
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., None]]:
+    """Registers classes, for the time of a test."""
+    classes: list[type] = []
+
+    def register(cls: type, **options: Any) -> None:
+        revhooks.register(cls, **options)
+        classes.append(cls)
+
+    yield register
+    for cls in classes:
+        if entries_of(cls):
+            revhooks.unregister(cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,22 +12,7 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks.errors import ReplayError
-from revhooks.registry import entries_of
 from tests.conftest import Count
-
-
-@pytest.fixture
-def registered() -> Iterator[Callable[..., None]]:
-    classes: list[type] = []
-
-    def register(cls: type, **options: Any) -> None:
-        revhooks.register(cls, **options)
-        classes.append(cls)
-
-    yield register
-    for cls in classes:
-        if entries_of(cls):
-            revhooks.unregister(cls)
 
 
 def net(width: int, gain: float = 0.4) -> nn.Module:

@@ -6,7 +6,7 @@ import copy
 import functools
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,20 +21,6 @@ from tests.conftest import Count, mlp
 D = torch.float64
 X = torch.randn(8, 8, dtype=D, generator=torch.Generator().manual_seed(0))
 A, B = X[:, :4].clone(), X[:, 4:].clone()
-
-
-@pytest.fixture
-def registered() -> Iterator[Callable[..., None]]:
-    classes: list[type] = []
-
-    def register(cls: type, **options: Any) -> None:
-        revhooks.register(cls, **options)
-        classes.append(cls)
-
-    yield register
-    for cls in classes:
-        if entries_of(cls):
-            revhooks.unregister(cls)
 
 
 class Base(nn.Module):

@@ -47,6 +47,8 @@ bench: .venv/.installed
 	$(BIN)/python bench/coupling_chain.py
 	$(BIN)/python bench/ordinary.py
 	$(BIN)/python bench/fixed_cost.py
+	$(BIN)/python bench/host_cost.py
+	$(BIN)/python bench/offload.py
 	$(BIN)/python bench/semantics.py
 	$(BIN)/python bench/drift.py
 	$(BIN)/python bench/cifar_table.py

@@ -15,7 +15,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
 from . import private  # noqa: F401 - refuses a torch that lacks what the runtime imports
 from .errors import RegistrationError, explain
-from .ops import Source
 from .registry import ACTIVE
 from .runtime.budget import parse_bytes
 from .runtime.local import surrounding
@@ -23,6 +22,7 @@ from .runtime.named import bracket
 from .runtime.plan import predicate
 from .runtime.replay import Region
 from .runtime.run import Run
+from .saved import Source
 from .tracing import hide, hide_all
 
 __all__ = ["checkpoint", "reversible"]
@@ -45,8 +45,10 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         keep: blocks to leave as they are: a class, a tuple of classes, or a predicate of a module.
         ops: drop what cheap operations (activations, normalisations, products, casts) make from what is held anyway, and
             recompute it, bit-equal.
-        offload: keep in pinned host memory what must be kept (saved tensors without a recipe, inputs of chains and of replayed
-            blocks); on CUDA, copied on a stream of its own and fetched ahead. On a CPU it changes nothing.
+        offload: move to pinned host memory of what must be kept (saved tensors without a recipe, inputs of chains and of replayed
+            blocks) as much as the bus carries while the device computes, which is learned from the first steps of each kind; with
+            a budget what is over it once all that can be recomputed has gone, whatever that takes. On CUDA; on a CPU it changes
+            nothing.
         guard: what a reconstruction that is off does: ``"fallback"`` (mild: the block is kept from the next step on,
             one warning; gross: raise), ``"raise"`` (both raise), ``"off"`` (nothing is checked).
 
@@ -88,14 +90,27 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         self._offload = offload
         self._budget = budget
         parse_bytes(budget)
+        self._spec = replay
+        self._by_predicate = bool(replay) and not isinstance(replay, (type, tuple, list))
         if replay:
             bracket(replay)
+        if not offload and (budget is not None or not ops):
+            bracket(None)
         self._entered: dict[int, list[tuple[saved_tensors_hooks, Any]]] = {}  # by thread
 
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
         limit = parse_bytes(self._budget)
-        run = Run(guard=self._guard, keep=self._keep, replay=self._replay, ops=self._ops, budget=limit, offload=self._offload)
+        run = Run(
+            guard=self._guard,
+            keep=self._keep,
+            replay=self._replay,
+            by_predicate=self._by_predicate,
+            spec=tuple(self._spec) if isinstance(self._spec, list) else self._spec,
+            ops=self._ops,
+            budget=limit,
+            offload=self._offload,
+        )
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
         self._entered.setdefault(threading.get_ident(), []).append((hooks, ACTIVE.run))
@@ -130,8 +145,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
     @property
     def _options(self) -> dict[str, Any]:
-        replay = self._replay or ()
-        kept = {"replay": replay, "keep": self._keep or ()}
+        kept = {"replay": self._spec, "keep": self._keep or ()}
         return {**kept, "budget": self._budget, "ops": self._ops, "offload": self._offload, "guard": self._guard}
 
 
@@ -206,7 +220,7 @@ def _hide() -> None:
     own = [module for name, module in sys.modules.items() if name.startswith(f"{__package__}.")]
     hide_all(own, but=frozenset({"forward"}))
     hide_all(sys.modules[name] for name in _HELPERS)
-    hooks = [Run.pack]
+    hooks = [Run.pack, Run.unpack]
     kinds = [Source]
     for kind in kinds:  # which grows
         kinds += kind.__subclasses__()

@@ -38,23 +38,23 @@ def _numpy_peek() -> Callable[[], Any] | None:
         return None
     bits = numpy_random.mtrand._rand._bit_generator
     if type(bits).__name__ != "MT19937":
-        return lambda: _hashable(numpy_random.get_state())
+        return lambda: repr(numpy_random.get_state())
     words = (ctypes.c_uint32 * 625).from_address(bits.ctypes.state_address)
     gauss = numpy_random.mtrand._rand
     key = numpy_random.get_state()
     if (words[624], words[0], words[623]) != (key[2], key[1][0], key[1][623]):  # pragma: no cover
-        return lambda: _hashable(gauss.get_state())
+        return lambda: repr(gauss.get_state())
     return lambda: (id(numpy_random.mtrand._rand._bit_generator), words[624], words[0], words[623])
-
-
-def _hashable(state: Any) -> Any:
-    return repr(state)
 
 
 def _torch_mark() -> bytes:
     """The same for torch's generator of the CPU: its whole state, which is cheap to read."""
-    state: bytes = torch.default_generator.get_state().numpy().tobytes()
-    return state
+    return _bytes(torch.default_generator.get_state())
+
+
+def _bytes(state: Tensor) -> bytes:
+    found: bytes = state.numpy().tobytes()
+    return found
 
 
 class Rng:
@@ -71,7 +71,7 @@ class Rng:
     def moved(self, later: Rng) -> frozenset[str]:
         """Which generators have moved from here to ``later``."""
         moved = set()
-        if self.torch is not None and later.torch is not None and not _equal(self.torch, later.torch):
+        if self.torch is not None and later.torch is not None and _bytes(self.torch) != _bytes(later.torch):
             moved.add("torch")
         if self.device and later.device and _of(self.device) != _of(later.device):
             moved.add("torch")
@@ -98,10 +98,6 @@ class Rng:
                 owner.set_offset(state[1])
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.numpy().tobytes() == b.numpy().tobytes()
-
-
 _States = tuple[tuple[Any, Any], ...]  # generators of devices, or the devices, each with its state
 
 
@@ -123,7 +119,7 @@ def _device_state(device: torch.device) -> _States:
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "get_rng_state"):
         return ()
-    return ((device, module.get_rng_state(device).numpy().tobytes()),)
+    return ((device, _bytes(module.get_rng_state(device))),)
 
 
 EVERY = frozenset({"torch", "python", "numpy"})

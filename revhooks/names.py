@@ -19,10 +19,13 @@ from weakref import WeakKeyDictionary
 
 from .reach import MISSING, is_library, is_same, is_same_name
 
-__all__ = ["Names", "named_by", "named_by_class"]
+__all__ = ["Names", "named_by", "named_by_class", "read", "unbracketed"]
 
 _FUNCTIONS = 200  # that are followed from one
 _OF_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
+_OF_OTHERS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
+_OWN = ("STORE_FAST", "STORE_DEREF", "DELETE_FAST", "DELETE_DEREF")  # what has cells of others is for who asks to see
+_SEEN = ("STORE_", "DELETE_", "IMPORT_", "LOAD_BUILD_CLASS", "LOAD_NAME", "LOAD_LOCALS", "LOAD_FROM")
 _BOUND = (staticmethod, classmethod)
 _DESCRIPTORS = (*_BOUND, property, MemberDescriptorType, GetSetDescriptorType)
 _PACKAGE = str(Path(__file__).parent)
@@ -65,6 +68,38 @@ class Names:
                 del self.space[name]
             else:
                 self.space[name] = value
+
+
+class Code(NamedTuple):
+    """What a piece of code does, with the functions in it.
+
+    Attributes:
+        spaces: the global names that it uses.
+        names: names of attributes.
+        stores: whether it stores where others see it: into attributes, items, global names; or defines or imports something.
+    """
+
+    spaces: frozenset[str]
+    names: frozenset[str]
+    stores: bool
+
+
+_codes: WeakKeyDictionary[CodeType, Code] = WeakKeyDictionary()
+
+
+def read(code: CodeType) -> Code:
+    """What it does, found once."""
+    found = _codes.get(code)
+    if found is None:
+        steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+        parts = [read(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+        spaces = {name for operation, name in steps if operation in _OF_GLOBALS}.union(*(part.spaces for part in parts))
+        names = (set(code.co_names) - spaces).union(
+            (name for operation, name in steps if operation in _OF_OTHERS), *(part.names for part in parts)
+        )
+        stores = any(operation.startswith(_SEEN) and not operation.startswith(_OWN) for operation, _ in steps)
+        found = _codes[code] = Code(frozenset(spaces), frozenset(names), stores or any(part.stores for part in parts))
+    return found
 
 
 _known: WeakKeyDictionary[CodeType, tuple[dict[str, Any], tuple[Names, ...]]] = WeakKeyDictionary()
@@ -133,6 +168,16 @@ def _functions_in(value: Any) -> list[FunctionType]:
     return found
 
 
+def unbracketed(function: Any) -> Any:
+    """A method without brackets of ours; what wraps a bracket has its marks, too, and is none."""
+    while isinstance(function, FunctionType) and function.__dict__.get("__revhooks_bracket__"):
+        inner = function.__dict__["__wrapped__"]
+        if not any(name == "original" and cell.cell_contents is inner for name, cell in _cells(function)):
+            break
+        function = inner
+    return function
+
+
 def _cells(function: FunctionType) -> Iterator[tuple[str, Any]]:
     return zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
 
@@ -147,7 +192,7 @@ def _gathered(functions: list[FunctionType]) -> tuple[Names, ...]:
         if id(function.__code__) in seen:
             continue
         seen.add(id(function.__code__))
-        used, attributes = _names_in(function.__code__)
+        used, attributes, _ = read(function.__code__)
         file = function.__code__.co_filename
         spaces_used = [function.__globals__]
         for space in spaces_used:  # which grows
@@ -162,17 +207,6 @@ def _gathered(functions: list[FunctionType]) -> tuple[Names, ...]:
                 if value is not MISSING and not isinstance(value, (BuiltinFunctionType, ModuleType)) and name[:2] != "__":
                     spaces.setdefault(id(space), (space, {}))[1][name] = None
     return tuple(Names(space, names) for space, names in spaces.values())
-
-
-def _names_in(code: CodeType) -> tuple[set[str], set[str]]:
-    """The globals that it names, and the functions in it; and all that they name, of which some may be names of a module."""
-    used, names = {i.argval for i in dis.get_instructions(code) if i.opname in _OF_GLOBALS}, set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = _names_in(constant)
-            used |= inner[0]
-            names |= inner[1]
-    return used, names
 
 
 def _is_users(thing: FunctionType | ModuleType, file: str) -> bool:

@@ -9,25 +9,23 @@ every attribute of a tensor, a dispatch mode 10.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd.graph import Node
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from .capture import is_capturing
-from .errors import ModifiedError, ReplayError, explain
+from .errors import ReplayError, explain
+from .saved import Leaf, Source
 from .storage import is_near
 
 __all__ = [
     "SAME_ON_CPU",
-    "Leaf",
     "Normalise",
     "Operation",
-    "Source",
     "is_doubtful",
     "is_operation",
     "is_view",
@@ -37,16 +35,6 @@ __all__ = [
 ]
 
 Edge = tuple[Any, int]
-
-
-class Source:
-    """Something that gives a tensor when it is asked: the base of this package's handles."""
-
-    __slots__ = ()
-
-    def get(self) -> Tensor:
-        """The tensor."""
-        raise NotImplementedError
 
 
 class Operation(NamedTuple):
@@ -65,7 +53,7 @@ class Operation(NamedTuple):
     cost: float = 1.0
 
 
-def operation(node: Node, place: int = 0) -> Operation | None:
+def operation(node: Any, place: int = 0) -> Operation | None:
     """How to repeat ``node`` for its output at ``place``; ``None`` if it is not cheap, or the graph does not tell.
 
     Example:
@@ -80,37 +68,31 @@ def operation(node: Node, place: int = 0) -> Operation | None:
     """
     name = type(node).__name__
     try:
-        if place or name in _PARTS:
-            part = _PARTS.get(name)
-            return None if part is None else part(node, place)
         make = _OPERATIONS.get(name)
-        found = make(node) if make is not None else None
-    except _MissingError:  # this torch names it otherwise: then it is not recomputed
+        if make is not None and not place:
+            return make(node)
+        part = _PARTS.get(name)
+        return None if part is None else part(node, place)
+    except _SourceError as error:
+        raise error.args[0] from None
+    except AttributeError:  # torch promises nothing of a node's: this one names it otherwise, then it is not recomputed
         return None
-    if found is None or name not in _COSTS:
-        return found
-    return found._replace(cost=_COSTS[name])
 
 
-class _MissingError(Exception):
-    """A node has no attribute of this name."""
+class _SourceError(Exception):
+    """What a source has raised, of which it is the argument."""
 
 
-def _read(thing: Any, name: str) -> Any:
-    """An attribute of a node, of which torch promises nothing.
-
-    Raises:
-        _MissingError: there is none.
-    """
+def _value_of(source: Source) -> Tensor:
     try:
-        return getattr(thing, name)
-    except AttributeError:
-        raise _MissingError(name) from None
+        return source.get()
+    except AttributeError as error:
+        raise _SourceError(error) from None
 
 
-def is_operation(node: Node) -> bool:
-    """Whether `operation` may know how to repeat ``node``."""
-    return type(node).__name__ in _OPERATIONS
+def is_operation(name: str) -> bool:
+    """Whether `operation` may know how to repeat nodes of this name."""
+    return name in _OPERATIONS
 
 
 def is_doubtful(name: str) -> bool:
@@ -128,9 +110,9 @@ def is_view(name: str) -> bool:
     return name in _VIEWS or name in _PARTS or name == "ToCopyBackward0"
 
 
-def _output_size(node: Node) -> torch.Size:
+def _output_size(node: Any) -> torch.Size:
     """The size of the node's first output."""
-    return torch.Size(_read(node, "_input_metadata")[0].shape)
+    return torch.Size(node._input_metadata[0].shape)
 
 
 class _Number(Source):
@@ -145,34 +127,75 @@ class _Number(Source):
         return self._tensor
 
 
+def _given(data: Any) -> Source | None:
+    """What a node saved: a handle, or a number that needed none; ``None`` for nothing, or saved by other means."""
+    if isinstance(data, Source):
+        return data
+    return _Number(data) if isinstance(data, Tensor) and data.dim() == 0 and not data.requires_grad else None
+
+
 def _saved(node: Any, name: str) -> Source | None:
-    """What the node saved: a handle, or a number that needed none; ``None`` for nothing, or saved by other means."""
-    data = _read(_read(node, f"_raw_saved_{name}"), "data")
-    if isinstance(data, Tensor):
-        return _Number(data) if data.dim() == 0 and not data.requires_grad else None
-    return data if isinstance(data, Source) else None
+    return _given(getattr(node, f"_raw_saved_{name}").data)
 
 
-def _from_saved(function: Callable[..., Tensor], *attributes: str) -> Callable[[Any], Operation | None]:
+class _Options:
+    """A function with what a node has saved by name, made once for each of such."""
+
+    __slots__ = ("_function", "_made", "_names", "_saved")
+
+    def __init__(self, function: Callable[..., Tensor], names: tuple[str, ...]) -> None:
+        self._function = function
+        self._names = names
+        self._saved = tuple(f"_saved_{name}" for name in names)
+        self._made: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+
+    def of(self, node: Any) -> Callable[..., Tensor]:
+        """The function, as the node has run it."""
+        if not self._names:
+            return self._function
+        values = tuple([getattr(node, name) for name in self._saved])
+        made = self._made.get(values)
+        if made is None:
+            made = functools.partial(self._function, **dict(zip(self._names, values, strict=True)))
+            if len(self._made) < _MANY:
+                self._made[values] = made
+        return made
+
+
+_MANY = 256
+
+
+def _from_saved(function: Callable[..., Tensor], *names: str, cost: float = 1.0) -> Callable[[Any], Operation | None]:
     """A function of the one tensor that the node saves, and of attributes that it saves by name."""
+    options = _Options(function, names)
 
     def make(node: Any) -> Operation | None:
-        source = _saved(node, "self")
-        options = {attribute: _read(node, f"_saved_{attribute}") for attribute in attributes}
-        cost = 3.0 if options.get("approximate") == "tanh" else 1.0
-        return None if source is None else Operation(lambda x: function(x, **options), (source,), cost=cost)
+        source = _given(node._raw_saved_self.data)
+        return None if source is None else Operation(options.of(node), (source,), None, cost)
 
     return make
 
 
-def _from_edge(function: Callable[..., Tensor], *attributes: str) -> Callable[[Any], Operation | None]:
+def _from_edge(
+    function: Callable[..., Tensor], *names: str, cost: float = 1.0, compute_: Callable[..., Tensor] | None = None
+) -> Callable[[Any], Operation | None]:
     """A function of the output of the node before."""
+    options = _Options(function, names)
 
     def make(node: Any) -> Operation | None:
-        options = {attribute: _read(node, f"_saved_{attribute}") for attribute in attributes}
-        return Operation(lambda x: function(x, **options), _read(node, "next_functions")[:1])
+        return Operation(options.of(node), node.next_functions[:1], compute_, cost)
 
     return make
+
+
+def _gelu(node: Any) -> Operation | None:
+    exact = node._saved_approximate == "none"
+    source = _given(node._raw_saved_self.data)
+    return None if source is None else Operation(F.gelu if exact else _gelu_by_tanh, (source,), None, 1.0 if exact else 3.0)
+
+
+def _gelu_by_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operation | None]:
@@ -182,7 +205,7 @@ def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operatio
         inputs: list[Any] = []
         for place, name in enumerate(("self", "other")):
             saved = _saved(node, name) if hasattr(node, f"_raw_saved_{name}") else None
-            edge = _read(node, "next_functions")[place]
+            edge = node.next_functions[place]
             if saved is None and edge[0] is None:
                 return None
             inputs.append(edge if saved is None else saved)
@@ -193,51 +216,18 @@ def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operatio
 
 def _sum(sign: int) -> Callable[[Any], Operation | None]:
     def make(node: Any) -> Operation | None:
-        if any(edge[0] is None for edge in _read(node, "next_functions")):
+        edges = node.next_functions
+        if edges[0][0] is None or edges[1][0] is None:
             return None  # a number, or a tensor without gradient, of which the graph knows nothing
-        alpha = sign * _read(node, "_saved_alpha")
+        alpha = sign * node._saved_alpha
         size = _output_size(node)
 
         def in_place(a: Tensor, b: Tensor) -> Tensor:
             return a.add_(b, alpha=alpha) if a.shape == size and a.dtype is b.dtype else torch.add(a, b, alpha=alpha)
 
-        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), _read(node, "next_functions"), in_place)
+        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), edges, in_place)
 
     return make
-
-
-class Leaf(Source):
-    """A parameter or another leaf as a source, where the node did not save it.
-
-    Raises:
-        ModifiedError: it was modified in place since (on `get`).
-    """
-
-    __slots__ = ("_kind", "_tensor", "_version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach()
-        self._version = tensor._version
-        base = tensor._base
-        self._kind = type(tensor if base is None else base)
-
-    @property
-    def lasts(self) -> bool:
-        """Whether it is a parameter's memory, the same from step to step."""
-        return issubclass(self._kind, nn.Parameter)
-
-    def get(self) -> Tensor:
-        """The tensor."""
-        if self._tensor._version != self._version:
-            raise ModifiedError(
-                explain(
-                    "a parameter whose output is recomputed has been modified by an inplace operation",
-                    expected=f"version {self._version}",
-                    got=f"version {self._tensor._version}",
-                    remedy="run backward before it is changed, or use reversible(ops=False)",
-                )
-            )
-        return self._tensor
 
 
 def _parameter(edge: Edge) -> Source | None:
@@ -246,8 +236,6 @@ def _parameter(edge: Edge) -> Source | None:
 
 
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)
-_eps_of = WeakTensorKeyDictionary()  # of a weight: what its layer's rows have shown
-_eps_of_shape: dict[tuple[tuple[int, ...], torch.dtype], float] = {}  # on an accelerator, of layers without one
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -273,47 +261,76 @@ def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> float | None:
 
 def _layer_norm(node: Any) -> Operation | None:
     """Its eps is not saved; the result depends on it only by way of rstd, which is."""
-    source, rstd = _saved(node, "input"), _saved(node, "result2")
-    weight, bias = _saved(node, "weight"), _saved(node, "bias")
-    if not isinstance(source, Source) or not isinstance(rstd, Source):
+    source = _given(node._raw_saved_input.data)
+    if source is None:
         return None
-    shape = tuple(_read(node, "_saved_normalized_shape"))
+    weight, bias = _given(node._raw_saved_weight.data), _given(node._raw_saved_bias.data)
+    parameter = getattr(node.next_functions[1][0], "variable", None)
+    known = _layer_norms.get(id(parameter)) if parameter is not None else None
+    if known is None or known.weight() is not parameter:
+        known = _learn_layer_norm(node, source, parameter)
+    if known is None:
+        return None
+    if not known.near:
+        return Operation(known.compute, (source, weight, bias))
+    rstd = _given(node._raw_saved_result2.data)
+    return None if rstd is None else Operation(known.compute, (source, weight, bias, rstd))
 
-    parameter = getattr(_read(node, "next_functions")[1][0], "variable", None)
-    output = _read(node, "_input_metadata")[0]
+
+def _learn_layer_norm(node: Any, source: Source, parameter: Tensor | None) -> _LayerNorm | None:
+    """How a layer normalises, as its rows show; without a weight, on an accelerator, as those of another like it have shown."""
+    output, shape = node._input_metadata[0], tuple(node._saved_normalized_shape)
     near = is_near(output.device)
-    memo: Any = _eps_of_shape if parameter is None else _eps_of
-    key = (shape, output.dtype) if parameter is None else parameter
-    first = None if near and parameter is None else memo.get(key)  # what is recomputed by it is compared
-    if first is None:
-        if is_capturing(output.device):  # to find it out reads values
-            return None
-        first = _eps_by(source.get(), shape, rstd.get())
-        if first is None:
-            return None
-        memo[key] = first
+    key: Any = id(parameter) if parameter is not None else None if near else (shape, output.dtype)
+    if parameter is None and key in _layer_norms:
+        return _layer_norms[key]
+    rstd = _given(node._raw_saved_result2.data)
+    if rstd is None or is_capturing(output.device):  # to find it out reads values
+        return None
+    eps = _eps_by(_value_of(source), shape, _value_of(rstd))
+    if eps is None:
+        return None
+    reference = None if parameter is None else weakref.ref(parameter)
+    found = _LayerNorm(reference, functools.partial(_normalise_rows, shape, eps), near)
+    if len(_layer_norms) > _MANY * _MANY:
+        _layer_norms.clear()
+    if key is not None:
+        _layer_norms[key] = found
+    return found
 
-    def compute(x: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        for eps in (first, *_EPSILONS):
-            y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
-            if not near or torch.equal(again, rstd) or _same_bits(again, rstd):
-                return y
-        raise ReplayError(
-            explain(
-                "a LayerNorm that is recomputed",
-                expected="the standard deviations that it saved",
-                got="others",
-                remedy="use reversible(ops=False)",
-            )
+
+class _LayerNorm(NamedTuple):
+    """How a layer normalises, as its rows have shown."""
+
+    weight: Any
+    compute: Callable[..., Tensor]
+    near: bool
+
+
+_layer_norms: dict[Any, _LayerNorm] = {}
+
+
+def _normalise_rows(
+    shape: tuple[int, ...], first: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rstd: Tensor
+) -> Tensor:
+    for eps in (first, *_EPSILONS):
+        y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
+        if not rstd or torch.equal(again, rstd[0]) or _same_bits(again, rstd[0]):
+            return y
+    raise ReplayError(
+        explain(
+            "a LayerNorm that is recomputed",
+            expected="the standard deviations that it saved",
+            got="others",
+            remedy="use reversible(ops=False)",
         )
-
-    return Operation(compute, (source, rstd, weight, bias))
+    )
 
 
 def _affine(node: Any) -> tuple[Any, Any] | None:
     """Weight and bias of a normalisation; ``None`` if the bias is unknown, which is not saved."""
     weight = _saved(node, "weight")
-    edge = _read(node, "next_functions")[2] if len(_read(node, "next_functions")) > 2 else (None, 0)
+    edge = node.next_functions[2] if len(node.next_functions) > 2 else (None, 0)
     if weight is None and edge[0] is None:
         return None, None
     bias = _parameter(edge)
@@ -328,10 +345,10 @@ def _batch_norm(run: str, eps_name: str) -> Callable[[Any], Operation | None]:
         function = getattr(torch, run, None)
         if source is None or affine is None or function is None:
             return None
-        eps = _read(node, eps_name)
-        if _read(node, "_saved_training"):
+        eps = getattr(node, eps_name)
+        if node._saved_training:
             mean, deviation = _saved(node, "result1"), _saved(node, "result2")
-            output = _read(node, "_input_metadata")[0]
+            output = node._input_metadata[0]
             if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
                 return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
             return Operation(functools.partial(_normalise_newly, function, eps), (source, *affine), cost=2.0)
@@ -414,7 +431,7 @@ def _normalised(node: Any) -> Operation | None:
     ours = type(node) is Normalise._backward_cls
     if not ours:
         return None
-    saved = [_read(raw, "data") for raw in _read(node, "_raw_saved_tensors")]
+    saved = [raw.data for raw in node._raw_saved_tensors]
     bias = None if node.bias is None else Leaf(node.bias)
     if not all(isinstance(source, Source) for source in saved) or not (bias is None or bias.lasts):
         return None
@@ -426,41 +443,46 @@ def _group_norm(node: Any) -> Operation | None:
     source, affine = _saved(node, "input"), _affine(node)
     if source is None or affine is None or not hasattr(node, "_saved_eps"):
         return None
-    groups, eps = _read(node, "_saved_group"), _read(node, "_saved_eps")
+    groups, eps = node._saved_group, node._saved_eps
     return Operation(lambda x, w, b: torch.group_norm(x, groups, w, b, eps), (source, *affine))
 
 
-def _resized(function: Callable[[Tensor, Any], Tensor]) -> Callable[[Any], Operation | None]:
-    def make(node: Any) -> Operation | None:
-        size = _output_size(node)
-        return Operation(lambda x: function(x, size), _read(node, "next_functions")[:1])
+def _resized(node: Any) -> Operation | None:
+    return Operation(functools.partial(torch.reshape, shape=_output_size(node)), node.next_functions[:1], None, 0.0)
 
-    return make
+
+def _expanded(node: Any) -> Operation | None:
+    size = _output_size(node)
+    return Operation(lambda x: x.expand(size), node.next_functions[:1], None, 0.0)
 
 
 def _cast(node: Any) -> Operation | None:
-    if hasattr(_read(node, "next_functions")[0][0], "variable"):
+    edges = node.next_functions
+    if hasattr(edges[0][0], "variable"):
         return None  # a parameter's copy: its own version does not tell whether the parameter has changed
-    output = _read(node, "_input_metadata")[0]
-    dtype, device = output.dtype, output.device
-    return Operation(lambda x: x.to(device, dtype), _read(node, "next_functions")[:1])
+    output = node._input_metadata[0]
+    return Operation(functools.partial(_cast_to, output.device, output.dtype), edges[:1])
+
+
+def _cast_to(device: torch.device, dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.to(device, dtype)
 
 
 def _slice(node: Any) -> Operation | None:
     """Its bounds come as unsigned numbers, or as none; what they mean the output's size confirms."""
-    dim, start, end, step = (_signed(_read(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
-    whole, size = tuple(_read(node, "_saved_self_sym_sizes")), _output_size(node)
+    dim, start, end, step = (_signed(getattr(node, f"_saved_{name}")) for name in ("dim", "start", "end", "step"))
+    whole, size = tuple(node._saved_self_sym_sizes), _output_size(node)
     bounds = slice(start, end, step)
     if len(range(whole[dim])[bounds]) != size[dim]:
         return None
-    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], _read(node, "next_functions")[:1])
+    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], node.next_functions[:1], None, 0.0)
 
 
 def _cat(node: Any) -> Operation | None:
     """Parts without a gradient are unknown, and left out where the others fill the output: a cache that is empty yet."""
-    dim, size = _signed(_read(node, "_saved_dim")), _output_size(node)
-    edges = [(before, place) for before, place in _read(node, "next_functions") if before is not None]
-    shapes = [_read(before, "_input_metadata")[place].shape for before, place in edges]
+    dim, size = _signed(node._saved_dim), _output_size(node)
+    edges = [(before, place) for before, place in node.next_functions if before is not None]
+    shapes = [before._input_metadata[place].shape for before, place in edges]
     # an empty vector fits anything, whatever its shape
     if sum(shape[dim] for shape in shapes if len(shape) == len(size)) != size[dim]:
         return None
@@ -469,15 +491,15 @@ def _cat(node: Any) -> Operation | None:
 
 def _split(sizes: str) -> Callable[[Any, int], Operation]:
     def make(node: Any, place: int) -> Operation:
-        size, dim = _read(node, sizes), _signed(_read(node, "_saved_dim"))
-        return Operation(lambda x: x.split(size, dim)[place], _read(node, "next_functions")[:1], cost=0.0)
+        size, dim = getattr(node, sizes), _signed(node._saved_dim)
+        return Operation(lambda x: x.split(size, dim)[place], node.next_functions[:1], cost=0.0)
 
     return make
 
 
 def _unbind(node: Any, place: int) -> Operation:
-    dim = _signed(_read(node, "_saved_dim"))
-    return Operation(lambda x: x.select(dim, place), _read(node, "next_functions")[:1], cost=0.0)
+    dim = _signed(node._saved_dim)
+    return Operation(lambda x: x.select(dim, place), node.next_functions[:1], cost=0.0)
 
 
 def _signed(number: Any) -> Any:
@@ -486,13 +508,13 @@ def _signed(number: Any) -> Any:
 
 
 def _transpose(node: Any) -> Operation | None:
-    dims = _signed(_read(node, "_saved_dim0")), _signed(_read(node, "_saved_dim1"))
-    return Operation(lambda x: x.transpose(*dims), _read(node, "next_functions")[:1])
+    dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
+    return Operation(lambda x: x.transpose(*dims), node.next_functions[:1], None, 0.0)
 
 
 def _permute(node: Any) -> Operation | None:
-    dims = [_signed(dim) for dim in _read(node, "_saved_dims")]
-    return Operation(lambda x: x.permute(dims), _read(node, "next_functions")[:1])
+    dims = [_signed(dim) for dim in node._saved_dims]
+    return Operation(lambda x: x.permute(dims), node.next_functions[:1], None, 0.0)
 
 
 # Views of which a node has many; ``chunk`` is a split.
@@ -503,18 +525,18 @@ _PARTS: dict[str, Callable[[Any, int], Operation]] = {
 }
 
 _VIEWS: dict[str, Callable[[Any], Operation | None]] = {
-    "AliasBackward0": _from_edge(lambda x: x),
-    "ExpandBackward0": _resized(lambda x, size: x.expand(size)),
+    "AliasBackward0": _from_edge(lambda x: x, cost=0.0),
+    "ExpandBackward0": _expanded,
     "PermuteBackward0": _permute,
-    "ReshapeAliasBackward0": _resized(lambda x, size: x.reshape(size)),
+    "ReshapeAliasBackward0": _resized,
     "SliceBackward0": _slice,
-    "SqueezeBackward0": _resized(lambda x, size: x.reshape(size)),
-    "SqueezeBackward1": _resized(lambda x, size: x.reshape(size)),
-    "TBackward0": _from_edge(lambda x: x.t()),
+    "SqueezeBackward0": _resized,
+    "SqueezeBackward1": _resized,
+    "TBackward0": _from_edge(torch.t, cost=0.0),
     "TransposeBackward0": _transpose,
-    "UnsafeViewBackward0": _resized(lambda x, size: x.reshape(size)),
-    "UnsqueezeBackward0": _resized(lambda x, size: x.reshape(size)),
-    "ViewBackward0": _resized(lambda x, size: x.reshape(size)),
+    "UnsafeViewBackward0": _resized,
+    "UnsqueezeBackward0": _resized,
+    "ViewBackward0": _resized,
 }
 
 _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
@@ -527,17 +549,21 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "CudnnBatchNormBackward0": _batch_norm("cudnn_batch_norm", "_saved_epsilon"),
     "DivBackward0": _product(torch.div),
     "EluBackward0": _from_saved(
-        lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale), "alpha", "scale", "input_scale"
+        lambda x, alpha, scale, input_scale: torch.ops.aten.elu(x, alpha, scale, input_scale),
+        "alpha",
+        "scale",
+        "input_scale",
+        cost=3.0,
     ),
     "ExpBackward0": _from_edge(torch.exp),
-    "GeluBackward0": _from_saved(F.gelu, "approximate"),
+    "GeluBackward0": _gelu,
     "HardsigmoidBackward0": _from_saved(F.hardsigmoid),
     "HardswishBackward0": _from_saved(F.hardswish),
     "HardtanhBackward0": _from_saved(lambda x, min_val, max_val: F.hardtanh(x, min_val, max_val), "min_val", "max_val"),
     "LeakyReluBackward0": _from_saved(F.leaky_relu, "negative_slope"),
-    "LogSigmoidBackward0": _from_saved(F.logsigmoid),
+    "LogSigmoidBackward0": _from_saved(F.logsigmoid, cost=3.0),
     "MiopenBatchNormBackward0": _batch_norm("miopen_batch_norm", "_saved_epsilon"),
-    "MishBackward0": _from_saved(F.mish),
+    "MishBackward0": _from_saved(F.mish, cost=3.0),
     "MulBackward0": _product(torch.mul),
     "NativeBatchNormBackward0": _batch_norm("native_batch_norm", "_saved_eps"),
     "NativeGroupNormBackward0": _group_norm,
@@ -545,12 +571,12 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "NormaliseBackward": _normalised,
     "NegBackward0": _from_edge(torch.neg),
     "PowBackward0": _from_saved(torch.pow, "exponent"),
-    "ReluBackward0": lambda node: Operation(torch.relu, _read(node, "next_functions")[:1], torch.relu_),
+    "ReluBackward0": _from_edge(torch.relu, compute_=torch.relu_),
     "RsqrtBackward0": _from_edge(torch.rsqrt),
     "SigmoidBackward0": _from_edge(torch.sigmoid),
     "SiluBackward0": _from_saved(F.silu),
     "SinBackward0": _from_saved(torch.sin),
-    "SoftplusBackward0": _from_saved(F.softplus, "beta", "threshold"),
+    "SoftplusBackward0": _from_saved(F.softplus, "beta", "threshold", cost=3.0),
     "SqrtBackward0": _from_edge(torch.sqrt),
     "SubBackward0": _sum(-1),
     "TanhBackward0": _from_edge(torch.tanh),
@@ -558,9 +584,3 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
 }
 
 _SAVE_RESULT = {f"{name}Backward0" for name in ("Exp", "Relu", "Rsqrt", "Sigmoid", "Sqrt", "Tanh")}
-
-# Others are as fast as memory is. Measured on a CPU; an accelerator hides them all.
-_COSTS: dict[str, float] = {
-    **dict.fromkeys(_VIEWS, 0.0),
-    **dict.fromkeys(("EluBackward0", "LogSigmoidBackward0", "MishBackward0", "SoftplusBackward0"), 3.0),
-}

@@ -9,6 +9,7 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch.utils._device import DeviceContext
 
 from .effects import undone
 from .kinds import clone_of, copy_of, is_allocated, same_values
+from .names import unbracketed
 from .owned import is_foreign, is_sharded
-from .storage import is_opaque, storage_key, version_of, versions_of
+from .storage import PLAIN_TYPES, is_opaque, storage_key, version_of, versions_of
 from .tracing import compiler, set_compiler
 
 __all__ = [
@@ -61,21 +63,47 @@ class Modes:
             return None
         return cls(device)
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run in the modes that were captured."""
-        with contextlib.ExitStack() as stack:
-            wanted = dict(self.autocast)
-            for kind in {"cpu", *wanted} | ({"cuda"} if torch.cuda.is_initialized() else set()):
-                if kind in wanted or torch.is_autocast_enabled(kind):
-                    enabled = kind in wanted
-                    context = torch.autocast(kind, dtype=wanted.get(kind), enabled=enabled, cache_enabled=self._cache)
-                    stack.enter_context(context)
-            if self._default_device != _default_device():
-                stack.enter_context(self._default_device or torch.device("cpu"))
-            if self._compiler is not compiler():
-                stack.callback(set_compiler, set_compiler(self._compiler))
-            yield
+    def restored(self) -> _Restored:
+        """A context: run in the modes that were captured."""
+        return _Restored(self)
+
+
+class _Restored:
+    __slots__ = ("_before", "_cache", "_compiler", "_device", "_modes")
+
+    def __init__(self, modes: Modes) -> None:
+        self._modes = modes
+
+    def __enter__(self) -> None:
+        modes, wanted = self._modes, dict(self._modes.autocast)
+        kinds = {"cpu", "cuda", *wanted} if torch.cuda.is_initialized() else {"cpu", *wanted}
+        self._before = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+        self._cache = torch.is_autocast_cache_enabled()
+        for kind in kinds:
+            torch.set_autocast_enabled(kind, kind in wanted)
+            if kind in wanted:
+                torch.set_autocast_dtype(kind, wanted[kind])
+        torch.set_autocast_cache_enabled(modes._cache)
+        torch.autocast_increment_nesting()
+        device = modes._default_device
+        self._device = (device or torch.device("cpu")) if device != _default_device() else None
+        if self._device is not None:
+            self._device.__enter__()
+        self._compiler = compiler()
+        if self._compiler is not modes._compiler:
+            set_compiler(modes._compiler)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._compiler is not self._modes._compiler:
+            set_compiler(self._compiler)
+        if self._device is not None:
+            self._device.__exit__(*error)
+        if not torch.autocast_decrement_nesting():
+            torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(self._cache)
+        for kind, enabled, dtype in self._before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
 
 
 def _default_device() -> torch.device | None:
@@ -114,10 +142,7 @@ def _overwrites_unread(module: nn.Module) -> bool:
     """
     if not isinstance(module, _BatchNorm) or not module.training or not module.track_running_stats:
         return False
-    forward: Any = type(module).forward
-    while getattr(forward, "__revhooks_bracket__", False):
-        forward = forward.__wrapped__
-    return forward in _BATCH_NORMS
+    return unbracketed(type(module).forward) in _BATCH_NORMS
 
 
 _BATCH_NORMS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
@@ -149,6 +174,7 @@ class Buffers:
         "_versions",
         "_written",
         "overwritten",
+        "plain",
     )
 
     # (owner, name, value before the call, the buffer): changed by the call and read by it
@@ -156,6 +182,7 @@ class Buffers:
     # (owner, name): changed by the call, not read by it
     _written: tuple[tuple[_Owner, str], ...]
     overwritten: tuple[nn.Module, ...]  # whose these are
+    plain: bool  # what it reads are tensors of torch's own classes, and all that it reads is known
     # modules whose buffers this call is the first to use: each with a copy and its version
     _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
 
@@ -163,33 +190,38 @@ class Buffers:
         self._owned = owned
         self._before = self._written = self._first = self.overwritten = ()
         self._modules = modules
-        self._modes = [module.training for module in modules]
+        self._modes = [*map(_training, modules)]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
-        owners: Any = [(owner, (*owner.values(),)) for module in modules if owned and (owner := _plain_dict(module._parameters))]
-        self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = owners
+        self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = []
         self._scripted: list[tuple[Tensor, Tensor]] = []
-        if any(module._buffers for module in modules):
-            for module in modules:
-                if module._buffers:
-                    if type(module._buffers) in _DICTS:
-                        self._note_buffers(module, keys, owned=owned)
-                    else:
-                        present = [buffer for buffer in _plain_dict(module._buffers).values() if buffer is not None]
-                        self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
+        self.plain = owned
+        if owned:
+            self._owners = [(_plain_dict(own), (*own.values(),)) for module in modules if (own := module._parameters)]
+        for module in modules:
+            owner: _Owner = module._buffers
+            if not owner:
+                continue
+            if type(owner) in _DICTS:
+                self._note_buffers(module, keys, owned=owned)
+            else:
+                present = [buffer for buffer in _plain_dict(owner).values() if buffer is not None]
+                self._scripted += [(buffer, detached_clone(buffer)) for buffer in present]
         self._collect()
         # a lazy parameter is made by the call
         self._copies = [None if is_lazy(tensor) else _copy_of(tensor) for tensor in self._read] if closely else ()
 
     def _collect(self) -> None:
         self._read = read = [tensor for _, tensors in self._owners for tensor in tensors if tensor is not None]
-        self._grads = [tensor.requires_grad for tensor in read]
+        self._grads = [*map(_requires_grad, read)]
         self._versions = versions_of(read)
+        self.plain = self.plain and _PLAIN_TYPES.issuperset(map(type, read))
 
     def _note_buffers(self, module: nn.Module, keys: set[int], *, owned: bool) -> None:
         owner: _Owner = module._buffers
         present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and _is_readable(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
+        self.plain = self.plain and _PLAIN_TYPES.issuperset(type(buffer) for _, buffer in present)
         if _overwrites_unread(module):
             self._written += tuple((owner, name) for name, _ in present)
             self.overwritten += (module,)
@@ -212,6 +244,8 @@ class Buffers:
 
     def finish(self) -> tuple[bool, bool]:
         """Learn what the call changed: whether that was foreseen, and, looked at closely, whether it wrote parameters."""
+        if not (self._copies or self._scripted or self._first or self._before) and versions_of(self._read) == self._versions:
+            return True, False
         wrote = bool(self._copies) and not all(map(_same, self._read, self._copies))
         self._copies = ()
         kept = all(_same(buffer, copy) for buffer, copy in self._scripted)  # a script's buffers take no others in their places
@@ -258,39 +292,35 @@ class Buffers:
         """Of the buffers that the call reads and changes: as they were."""
         return [before for _, _, before, _ in self._before]
 
-    @property
-    def trivial(self) -> bool:
-        """Whether a replay has nothing to put back."""
-        if self._before or self._written or [module.training for module in self._modules] != self._modes:
-            return False
-        if [tensor.requires_grad for tensor in self._read] != self._grads:
-            return False
-        for owner, tensors in self._owners:  # every tensor that was read is still its module's
-            if len(owner) != len(tensors):
-                return False
-            for tensor, current in zip(tensors, owner.values(), strict=True):
-                if tensor is not current and tensor is not None:
-                    return False
-        return True
+    def replayed(self) -> contextlib.AbstractContextManager[None] | None:
+        """A context that puts back what the call saw, and afterwards what is there now; ``None`` where that is the same."""
+        modes, grads, replaced = [*map(_training, self._modules)], [*map(_requires_grad, self._read)], self._replaced()
+        if replaced or self._before or self._written or modes != self._modes or grads != self._grads:
+            return self._replayed(modes, replaced)
+        return None
+
+    def _replaced(self) -> list[tuple[_Owner, str, Tensor]]:
+        """Tensors that the call read, and that are not their modules' any more."""
+        replaced: list[tuple[_Owner, str, Tensor]] = []
+        for owner, tensors in self._owners:
+            if len(owner) != len(tensors) or not all(map(is_, tensors, owner.values())):
+                pairs = zip(owner.items(), tensors, strict=False)
+                replaced += [(owner, name, tensor) for (name, now), tensor in pairs if tensor is not None and tensor is not now]
+        return replaced
 
     @contextlib.contextmanager
-    def replayed(self) -> Iterator[None]:
-        """Put back what the call saw, and afterwards what is there now."""
-        modes = [module.training for module in self._modules]
+    def _replayed(self, modes: list[bool], replaced: list[tuple[_Owner, str, Tensor]]) -> Iterator[None]:
+        lent = {id(module._parameters) for module in self._modules if is_sharded(module)} if replaced else ()  # Rule 18
+        replaced = [entry for entry in replaced if id(entry[0]) not in lent]
+        # the replay writes into copies: the buffers and their version counters stay as they are
+        changed = [*self._written, *((owner, name) for owner, name, _, _ in self._before)]
+        now = [(owner, name, owner.get(name)) for owner, name in [*changed, *(entry[:2] for entry in replaced)]]
         _switch(self._modules, self._modes)
-        lent = {id(module._parameters) for module in self._modules if is_sharded(module)}  # Rule 18
-        swapped: list[tuple[_Owner, str, Tensor | None]] = []
-        for owner, tensors in self._owners:
-            for name, tensor in zip(list(owner), tensors, strict=False):
-                if tensor is not None and owner[name] is not tensor and id(owner) not in lent:
-                    swapped.append((owner, name, owner[name]))
-                    owner[name] = tensor
+        for owner, name, tensor in replaced:
+            owner[name] = tensor
         frozen = [t for t, grad in zip(self._read, self._grads, strict=True) if t.requires_grad is not grad]
         for tensor in frozen:
             tensor.requires_grad_(not tensor.requires_grad)
-        # the replay writes into copies: the buffers and their version counters stay as they are
-        now = [(owner, name, owner.get(name)) for owner, name in self._written]
-        now += [(owner, name, owner.get(name)) for owner, name, _, _ in self._before]
         for owner, name, buffer in now[: len(self._written)]:
             owner[name] = None if buffer is None else copy_of(buffer)
         for owner, name, before, _ in self._before:
@@ -298,16 +328,16 @@ class Buffers:
         try:
             yield
         finally:
-            for owner, name, buffer in now:
-                owner[name] = buffer
             for tensor in frozen:
                 tensor.requires_grad_(not tensor.requires_grad)
-            for owner, name, current in swapped:
-                owner[name] = current
+            for owner, name, buffer in now:
+                owner[name] = buffer
             _switch(self._modules, modes)
 
 
 _DICTS = (dict, OrderedDict)
+_training, _requires_grad = attrgetter("training"), attrgetter("requires_grad")
+_PLAIN_TYPES = frozenset(PLAIN_TYPES)
 
 
 def _plain_dict(owner: Any) -> _Owner:
@@ -325,10 +355,11 @@ def modules_of(roots: Sequence[nn.Module]) -> list[nn.Module]:
     """The modules and all below them, each once."""
     modules, seen = list(roots), set(roots)
     for module in modules:  # which grows
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                modules.append(child)
+        if module._modules:
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    modules.append(child)
     return modules
 
 

@@ -6,7 +6,7 @@ A storage's key is unique as long as the storage, or a weak reference to it, liv
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -232,7 +232,20 @@ class Ledger:
         (0, 16)
     """
 
-    __slots__ = ("_entries", "held", "offloaded", "packed", "peak_held", "peak_offloaded", "peak_packed")
+    __slots__ = (
+        "_entries",
+        "_saved",
+        "_settled",
+        "_stale",
+        "_uncounted",
+        "fresh",
+        "held",
+        "offloaded",
+        "packed",
+        "peak_held",
+        "peak_offloaded",
+        "peak_packed",
+    )
 
     def __init__(self) -> None:
         self.held = 0
@@ -241,6 +254,11 @@ class Ledger:
         self.peak_packed = 0
         self.offloaded = 0
         self.peak_offloaded = 0
+        self.fresh: list[Any] = []  # weak references to what was packed since the handles were last counted
+        self._settled: list[tuple[Any, int, int]] = []  # and to what was before, with key and bytes of its storage
+        self._uncounted = 0  # bytes of these that no entry counts
+        self._saved = 0  # bytes of these that plain autograd would hold
+        self._stale = False
         self._entries: dict[int, list[int]] = {}  # key -> references, bytes
 
     def hold_tensor(self, tensor: Tensor) -> int:
@@ -257,9 +275,15 @@ class Ledger:
             entry[0] += 1
             return
         self._entries[key] = [1, nbytes]
+        self.add(nbytes)
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more are held, of which the storages are not told."""
         self.held += nbytes
-        if self.held > self.peak_held:
-            self.peak_held = self.held
+        if self.held + self._uncounted > self.peak_held:
+            if self._stale:  # once more as long as backward lasts; in forward nothing dies
+                self.settle(stale=torch._C._current_graph_task_id() != -1)
+            self.peak_held = max(self.peak_held, self.held + self._uncounted)
 
     def drop(self, key: int) -> None:
         """Count one reference less; must be called while the tensor is alive."""
@@ -269,6 +293,51 @@ class Ledger:
         else:
             del self._entries[key]
             self.held -= entry[1]
+
+    @property
+    def handles(self) -> list[Any]:
+        """The handles that are alive."""
+        references = [*(reference for reference, _, _ in self._settled), *self.fresh]
+        return [handle for reference in references if (handle := reference()) is not None]
+
+    @property
+    def all_held(self) -> int:
+        """`held`, and what was packed and only held."""
+        self.settle()
+        return self.held + self._uncounted
+
+    @property
+    def all_packed(self) -> int:
+        """`packed`, and what is only held, as far as it was counted."""
+        return self.packed + self._saved
+
+    def settle(self, *, stale: bool | None = None) -> None:
+        """Count what was packed and is only held: a handle costs nothing but this (Rule 14).
+
+        Args:
+            stale: handles will die from now on, so that this is to be done again before a peak is believed; ``None``: as before.
+        """
+        live = [entry for entry in self._settled if entry[0]() is not None]
+        for reference in self.fresh:
+            handle = reference()
+            if handle is None:
+                continue
+            key = nbytes = 0
+            if handle.plain and (tensor := handle.tensor).layout is torch.strided:
+                storage = tensor.untyped_storage()
+                key, nbytes = storage._cdata, storage.nbytes()
+            live.append((reference, key, nbytes))
+        packed = {key: nbytes for _, key, nbytes in live if key}
+        self._settled = live
+        self.fresh.clear()
+        self._stale = self._stale if stale is None else stale
+        entries = self._entries
+        self._saved = total = sum(packed.values())
+        self._uncounted = sum([size for key, size in packed.items() if key not in entries]) if entries else total
+        if self.held + self._uncounted > self.peak_held:
+            self.peak_held = self.held + self._uncounted
+        if self.packed + total > self.peak_packed:
+            self.peak_packed = self.packed + total
 
     def pack(self, nbytes: int) -> None:
         """Plain autograd would hold so many bytes more."""

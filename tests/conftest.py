@@ -18,7 +18,7 @@ import revhooks
 from revhooks import storage
 from revhooks.record import Stats
 from revhooks.registry import entries_of
-from revhooks.runtime import plan, run, statistics
+from revhooks.runtime import guard, packing, plan, statistics
 from tests.devices import (  # noqa: F401 - pytest looks for hooks and fixtures here
     _as_an_accelerator,
     pytest_addoption,
@@ -31,10 +31,11 @@ from tests.devices import (  # noqa: F401 - pytest looks for hooks and fixtures 
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     monkeypatch.setattr(storage, "_LARGE", 0)  # streams of any size are inverted in their own memory
-    monkeypatch.setattr(run, "SMALL", 0)  # and saved tensors of any size recomputed
+    monkeypatch.setattr(packing, "SMALL", 0)  # and saved tensors of any size recomputed
     monkeypatch.setattr(statistics, "WORTH", 0)  # and batch statistics of any batch used again
     yield
     plan._facts.clear()
+    guard._flights.clear()  # what a step of this test would be told of is none of the next one's business
 
 
 WORTH = statistics.WORTH

@@ -166,8 +166,8 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.runtime import offload
 from revhooks import storage, state
-from revhooks.runtime import run, codes
-run.SMALL = codes.LEAST = 0
+from revhooks.runtime import packing, codes
+packing.SMALL = codes.LEAST = 0
 cpu = torch.device("cpu")
 x = torch.randn(4, 8, 6, 6, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
 branch = lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Dropout(0.1))
@@ -216,6 +216,32 @@ def test_autocast_of_another_device_than_the_arguments() -> None:
     finally:
         torch.set_autocast_enabled("cuda", False)
     assert modes.of_call(CPU) is None
+
+
+# -- generators
+
+
+def test_marks_tell_every_draw() -> None:
+    tracker = generators.RngTracker()
+    torch.manual_seed(1)
+
+    def mark() -> object:
+        return tracker.marks(torch.device("cpu"))[0]
+
+    seen = [mark()]
+    double = {"dtype": torch.float64}
+    for draw in (torch.randn, torch.randn, torch.rand, torch.randn, torch.randn, torch.randperm):
+        for options in ({}, double) if draw is not torch.randperm else ({},):
+            state = torch.get_rng_state()
+            draw(1 if draw is not torch.randperm else 5, **options)  # type: ignore[call-overload]
+            seen.append(mark())
+            torch.set_rng_state(state)
+            assert mark() == seen[-2]
+            draw(1 if draw is not torch.randperm else 5, **options)  # type: ignore[call-overload]
+            assert mark() == seen[-1]
+    assert len(set(seen)) == len(seen)
+    torch.manual_seed(2)
+    assert mark() not in seen
 
 
 # -- generators of devices

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks import ops, private, tracing
-from revhooks.ops import Source, operation
+from revhooks.ops import operation
+from revhooks.saved import Source
 
 PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without

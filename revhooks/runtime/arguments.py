@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..kinds import leaf_of, without_graph
+from ..saved import modified
 from ..storage import Held, is_opaque, version_of
 from .objects import Former, Objects, Seen
-from .tree import flatten
-from .value import modified
+from .tree import LEAVES, flatten
 
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["Argument", "Arguments", "runs_out"]
+__all__ = ["Argument", "Arguments", "Thaw", "runs_out"]
 
 Give = Callable[[], Tensor]
 
@@ -41,7 +42,11 @@ class Arguments:
     ) -> None:
         self._run = run
         self._objects: Objects | None = None  # of those among them that the call has not changed
-        leaves, self._again = flatten((args, kwargs))
+        leaves = [*args, *kwargs.values()]
+        if LEAVES.issuperset(map(type, leaves)):
+            self._again: Callable[[Iterable[Any]], Any] = functools.partial(_call_of, len(args), tuple(kwargs))
+        else:
+            leaves, self._again = flatten((args, kwargs))
         hold = self._holding(save)
         self._leaves = [hold(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -85,21 +90,38 @@ class Arguments:
         """
         if self._objects is not None and self._objects.changed():
             self.give_former(self._objects)
-        copies: dict[int, Any] = {}
-        given: dict[int, Tensor] = {}
-
-        def thaw(part: Any) -> Any:
-            if not isinstance(part, (Argument, _SavedArgument, Seen)):
-                return part
-            if id(part) not in given:
-                given[id(part)] = part.again(label)
-            return given[id(part)]
-
-        def again(leaf: Any) -> Any:
-            return leaf.again(thaw, copies) if isinstance(leaf, Former) else thaw(leaf)
-
-        args, kwargs = self._again(map(again, self._leaves))
+        args, kwargs = self._again(map(Thaw(lambda part: part.again(label)), self._leaves))
         return args, kwargs
+
+
+class Thaw:
+    """Gives a thing for what stands for it: the same for the same, and an argument as it was before its call.
+
+    Args:
+        again: gives the tensor for what stands for one.
+    """
+
+    __slots__ = ("_again", "_copies", "_given")
+
+    def __init__(self, again: Callable[[Any], Tensor]) -> None:
+        self._again = again
+        self._given: dict[int, Tensor] = {}
+        self._copies: dict[int, Any] = {}
+
+    def __call__(self, part: Any) -> Any:
+        """The thing; a function that names itself would be a cycle."""
+        if type(part) in _STANDING:
+            fresh = self._given.get(id(part))
+            if fresh is None:
+                fresh = self._given[id(part)] = self._again(part)
+            return fresh
+        return part.again(self, self._copies) if type(part) is Former else part
+
+
+def _call_of(size: int, names: tuple[str, ...], leaves: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments that are no containers."""
+    parts = tuple(leaves)
+    return parts[:size], dict(zip(names, parts[size:], strict=True))
 
 
 def runs_out(leaves: Sequence[Any]) -> bool:
@@ -116,7 +138,8 @@ class Argument:
         self.what = what
         self.attributes = dict(tensor.__dict__)
         self.requires_grad = tensor.requires_grad
-        whole = isinstance(tensor, Parameter) or is_opaque(tensor) or self.attributes  # in memory, as what it is
+        # in memory, as what it is
+        whole = self.attributes or is_opaque(tensor) or (type(tensor) is not Tensor and isinstance(tensor, Parameter))
         self.held = Held(run.ledger, _kept(tensor)) if whole else run.hold(tensor)
         self.version = version_of(tensor)
 
@@ -145,6 +168,9 @@ class _SavedArgument:
     def again(self, label: str) -> Tensor:
         """The tensor: as the object that it was, if it needs no gradient, else as a fresh leaf."""
         return _again(self.give(), self.attributes, requires_grad=self.requires_grad)
+
+
+_STANDING = (Argument, _SavedArgument, Seen)  # for a tensor
 
 
 def _kept(tensor: Tensor) -> Tensor:

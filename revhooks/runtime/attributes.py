@@ -17,7 +17,7 @@ from ..kinds import is_allocated
 from ..owned import give_attributes
 from ..state import detached_clone
 from ..storage import Held, version_of
-from .arguments import Argument
+from .arguments import Argument, Thaw
 from .objects import Former, Objects, Own, Seen
 from .tree import leaves_of
 
@@ -97,20 +97,15 @@ class Attributes:
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """Put back what the call found, and afterwards what is there now."""
-        given: dict[int, Tensor] = {}
 
-        def thaw(part: Any) -> Any:
-            if not isinstance(part, (Argument, Seen)):
-                return part
-            if id(part) not in given:
-                tensor = part.again("a module")
-                given[id(part)] = tensor.clone() if self._facts.writes.found else tensor  # no leaf: it may be written to
-            return given[id(part)]
+        def again(part: Argument | Seen) -> Tensor:
+            tensor = part.again("a module")
+            return tensor.clone() if self._facts.writes.found else tensor  # no leaf: it may be written to
 
+        thaw = Thaw(again)
         now = [(own, own.now()) for own, _ in self._formers]
-        copies: dict[int, Any] = {}
         for own, former in self._formers:
-            give_attributes(own.module, former.again(thaw, copies), own.names)
+            give_attributes(own.module, thaw(former), own.names)
         try:
             yield
         finally:

@@ -13,6 +13,7 @@ from ..effects import undone
 from ..errors import ModifiedError, explain
 from ..generators import Rng
 from ..precision import precision_of, restored
+from ..quiet import leaves_nothing
 from ..state import PLAIN, Buffers, Modes, modules_of
 from ..storage import Held
 from .attributes import Attributes
@@ -137,7 +138,8 @@ class CallState:
         Args:
             call: the code.
             grad: whether gradients are recorded.
-            reach: functions and arguments from which it may reach such objects; its modules count anyway.
+            reach: functions that it calls, and arguments, from which it may reach such objects; ``forward`` of its modules counts
+                anyway.
         """
         now = None
         if self.rng is not None:
@@ -148,18 +150,31 @@ class CallState:
         if subclasses != self._subclasses:  # a backward that a subclass's method has started runs without them
             _set_subclass_state(self._subclasses)
         try:
-            modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
-            changed = precision_of(self._device) != self._precision
-            if modes is None and not changed:
-                return self._with_state(call, reach)
-            with modes.restored() if modes is not None else _NOTHING:
-                with restored(self._precision, self._device) if changed else _NOTHING:
-                    return self._with_state(call, reach)
+            return _within(self._contexts(reach), call)
         finally:
             torch._C._set_grad_enabled(before)
-            _set_subclass_state(subclasses)
+            if subclasses != self._subclasses:
+                _set_subclass_state(subclasses)
             if now is not None:
                 now.restore()
+
+    def _contexts(self, reach: Sequence[Any]) -> list[contextlib.AbstractContextManager[Any]]:
+        """What a replay has to be run in, the innermost first; nothing, where all is as it was and nothing is left behind."""
+        contexts: list[contextlib.AbstractContextManager[Any]] = []
+        buffers = self._buffers.replayed()
+        if buffers is not None:
+            contexts.append(buffers)
+        if self._attributes is not None:
+            contexts.append(self._attributes.replayed())
+        if not (self._buffers.plain and leaves_nothing(self._modules, reach, self.facts)):
+            objects = [leaf for leaf in leaves_of(reach) if not isinstance(leaf, Tensor)]
+            contexts.append(undone(self._modules, objects, self.facts.leaves))
+        if precision_of(self._device) != self._precision:
+            contexts.append(restored(self._precision, self._device))
+        modes = self._modes if self._modes is not None else Modes.of_call(self._device) and PLAIN
+        if modes is not None:
+            contexts.append(modes.restored())
+        return contexts
 
     def report(self, what: str) -> Iterator[tuple[str, str, Tensor]]:
         """What it holds of the call: why, of what, and the tensor."""
@@ -170,19 +185,9 @@ class CallState:
         for tensor in self._attributes.tensors() if self._attributes is not None else ():
             yield STATE, what, tensor
 
-    def _with_state(self, call: Callable[[], _T], reach: Sequence[Any]) -> _T:
-        objects = [leaf for leaf in leaves_of(reach) if not isinstance(leaf, Tensor)]
-        with undone(self._modules, objects, self.facts.leaves):
-            return self._with_attributes(call)
 
-    def _with_attributes(self, call: Callable[[], _T]) -> _T:
-        if self._attributes is not None:
-            with self._attributes.replayed():
-                return self._with_buffers(call)
-        return self._with_buffers(call)
-
-    def _with_buffers(self, call: Callable[[], _T]) -> _T:
-        if self._buffers.trivial:
-            return call()
-        with self._buffers.replayed():
-            return call()
+def _within(contexts: list[contextlib.AbstractContextManager[Any]], call: Callable[[], _T]) -> _T:
+    if not contexts:
+        return call()
+    with contexts.pop():
+        return _within(contexts, call)

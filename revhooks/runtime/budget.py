@@ -1,7 +1,7 @@
 """The memory budget: what could be let go of stays while there is room; the oldest goes first (DESIGN section 7).
 
 Backward needs the newest first, so that what is kept is freed soonest and every kept byte spares a rebuild. What a recipe
-brings back costs next to nothing a byte and goes before any block.
+brings back costs next to nothing a byte and goes before any block; what has to be moved to the host goes last.
 """
 
 from __future__ import annotations
@@ -38,12 +38,23 @@ class Budget:
         self._ledger = ledger
         self._values: deque[weakref.ref[Any]] = deque()
         self._frames: deque[weakref.ref[Any]] = deque()
+        self._moves: deque[weakref.ref[Any]] = deque()
         self._coming = 0  # what the latest block has added
+        self.evicted = 0  # how often something had to go
 
     def add_value(self, value: Evictable) -> None:
         """A saved tensor that a recipe could bring back."""
+        while self._values and self._values[0]() is None:
+            self._values.popleft()
         self._values.append(weakref.ref(value))
         self.make_room(spare=1)  # the newest block stays until the next one opens
+
+    def add_move(self, movable: Evictable) -> None:
+        """What could wait in host memory."""
+        while self._moves and self._moves[0]() is None:  # nothing has to move for long, as a rule
+            self._moves.popleft()
+        self._moves.append(weakref.ref(movable))
+        self.make_room(spare=1)
 
     def add_frame(self, frame: Evictable, nbytes: int = 0) -> None:
         """A block, or a step of one, that has run and added so many bytes."""
@@ -59,12 +70,13 @@ class Budget:
         self.make_room(1 << 62)
 
     def make_room(self, coming: int = 0, *, spare: int = 0) -> None:
-        """Let go of the oldest until so many more bytes fit; not of the ``spare`` newest blocks."""
-        for queue, least in ((self._values, 0), (self._frames, spare)):
+        """Let go of the oldest until so many more bytes fit, first what can be recomputed; not of the ``spare`` newest blocks."""
+        for queue, least in ((self._values, 0), (self._frames, spare), (self._moves, 0)):
             while len(queue) > least and self._ledger.held + coming > self.limit:
                 evicted = queue.popleft()()
                 if evicted is not None:
                     evicted.release()
+                    self.evicted += 1
 
 
 def parse_bytes(budget: int | float | str | None) -> float:

@@ -100,7 +100,7 @@ class Input:
         value = frame.link(tensor, place, keeps_zeros=keeps_zeros)
         self.head = Head(frame.run, tensor) if value is None else None
         self.zeros = self.head is not None and not keeps_zeros and frame.has_zeros(tensor, place)
-        self.sample = frame.run.guard.sample(tensor) if value is not None else None
+        self.sample = frame.sample(tensor) if value is not None else None
         self.value = weakref.ref(value) if value is not None else None
 
 

@@ -6,18 +6,20 @@ back exactly.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..capture import is_capturing
-from ..storage import BITS, Geometry, Held, Ledger, is_near, restride
+from ..storage import BITS, Held, Ledger, is_near, restride
 
-__all__ = ["Code", "code_of", "is_unshared", "mask_of"]
+__all__ = ["Code", "code_of", "fewest", "mask_of"]
 
 LEAST = 1 << 14  # elements; below, bookkeeping costs more than it gives
 WORTH_WAITING = 1 << 22  # bytes, for an accelerator
@@ -27,6 +29,8 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 class Code:
     """A tensor in a smaller form; stands where a recipe stands."""
+
+    now = True
 
     __slots__ = ("_decode", "_held", "depth", "encoded", "what")
 
@@ -38,11 +42,11 @@ class Code:
         self.what = what
 
     def leave(self, tensor: Tensor) -> None:
-        """The Value lets go of its tensor."""
+        """The tensor is let go of."""
 
-    def tensor(self, geometry: Geometry) -> Tensor:
+    def tensor(self, like: Any) -> Tensor:
         """The tensor, in its own strides."""
-        return restride(self._decode(self.encoded).view(geometry.size), geometry.stride)
+        return restride(self._decode(self.encoded).view(like.size), like.stride)
 
     def hold(self, ledger: Ledger) -> None:
         """Count it from now on."""
@@ -123,29 +127,16 @@ def _unpack(bits: Tensor, size: int) -> Tensor:
     return (bits.unsqueeze(1) >> _shifts(bits.device) & 1).view(-1)[:size].to(torch.bool)
 
 
-def _references(tensor: Tensor) -> int:
-    return sys.getrefcount(tensor)
-
-
-def _fewest() -> int:
-    """How many references a function called by a pack hook sees to a tensor that only autograd holds."""
+@functools.cache
+def fewest() -> int:
+    """How many references a pack hook sees to its argument, if only autograd holds that: no Python code does."""
     seen: list[int] = []
 
     class Hook:
         def pack(self, tensor: Tensor) -> Tensor:
-            seen.append(_references(tensor))
+            seen.append(sys.getrefcount(tensor))
             return tensor.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Hook().pack, lambda tensor: tensor):
         F.max_pool2d(torch.zeros(1, 1, 2, 2, device="cpu", requires_grad=True) * 1, 2)
     return min(seen)
-
-
-_FEWEST: list[int] = []
-
-
-def is_unshared(tensor: Tensor) -> bool:
-    """Whether no Python code holds the tensor; to be called by the pack hook itself, with its argument."""
-    if not _FEWEST:
-        _FEWEST.append(_fewest())
-    return _references(tensor) <= _FEWEST[0] + 1

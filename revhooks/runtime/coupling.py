@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..functional import ADDITIVE
 from ..nn.coupling import Coupling, RangeWatch, Step
+from ..saved import freed, modified
 from ..storage import Held, compact, is_alone, restride, storage_key, version_of, version_probe
 from .arguments import Arguments
 from .branch import CallState
@@ -17,15 +18,17 @@ from .frame import ANCHOR, ARGUMENT, CHANGES_OBJECT, DREW, HEAD, NEWEST, REMEDIE
 from .guard import Sample
 from .local import THREADS, saving_to
 from .objects import Objects
+from .passes import NOTHING
 from .plan import facts_of, has_custom_function
 from .slots import Slots
-from .value import Value, fetch, freed, modified
+from .value import Value, fetch
 
 if TYPE_CHECKING:
     from .run import Run
 
 __all__ = ["CouplingFrame"]
 
+_EARLY = 5  # steps of a chain, where all errors of later ones arrive
 _EXACT = "the stream before a step: its inverse drifts, or it has exact zeros"
 REMEDIES[_EXACT] = "a wider dtype for the streams, or exact ones: grid_bits="
 
@@ -57,7 +60,7 @@ class _Branch:
         self.step: Step = step
         self.first = step.target not in frame.changed  # whether what it changes is an input, as it came
         facts = facts_of(step.branch)
-        self.slots = frame.run.slots(frame, index, facts)
+        self.slots = frame.run.slots(frame, index)
         self.glue = Slots(frame, index) if step.law.saves else None
         self.state = CallState(frame, (step.branch,), facts)
         self.wants_grad = (source.requires_grad, target.requires_grad)
@@ -70,7 +73,9 @@ class _Branch:
         if index in frame.facts.kept or (frame.is_chain and step.law.grid_bits is None and frame.has_zeros(target, index)):
             self.target = Held(frame.run.ledger, target.detach())
         elif not (self.first and frame.has_head) and (frame.ordinal + index + index // 2) % 2 == 0:  # either stream by turns
-            self.sample = frame.run.guard.sample(target)
+            if frame.is_chain:  # whose steps are what blocks are elsewhere
+                frame.checked = index < _EARLY or frame.is_looked_at() or frame.turns.picks()
+            self.sample = frame.sample(target)
 
     def label(self, frame: CouplingFrame) -> str:
         """How errors and warnings call it."""
@@ -100,6 +105,11 @@ class _Branch:
         """Stay as it is until backward."""
         self.why_kept = why
         self.target = target
+
+    def hold(self) -> None:
+        """Keep what it saved."""
+        for slots in self.all_slots():
+            slots.hold()
 
     def release(self) -> None:
         """Let go of everything that it saved, unless it is kept."""
@@ -195,6 +205,7 @@ class CouplingFrame(ModuleFrame):
         if y.requires_grad:
             self.output = Value(self.run, y, ANCHOR, self.label)
             self.output.grid_bits = self.module.grid_bits
+            self.output.follows_head = self.has_head
         return y
 
     def _open(self, x: Tensor, streams: list[Tensor]) -> None:
@@ -214,17 +225,20 @@ class CouplingFrame(ModuleFrame):
         before = source.detach().clone() if branch.state.facts.writes_input else None
         self.input_keys = {self._input_key, storage_key(source), storage_key(target)}
         objects = Objects.among((*args, *kwargs.values())) if args or kwargs else None
-        with saving_to(branch.slots, self, branch.state.facts), branch.state.watched():
+        with saving_to(branch.slots, self), branch.state.watched():
             update = step.evaluate(source, args, kwargs)
+        key = (source.shape, source.stride(), source.dtype, branch.wants_grad)
+        branch.slots.close(self, branch.state.facts, key)
         branch.learn_ownership(update, source)
         branch.state.finish(self.moved)
         if branch.glue is None:
             streams[step.target] = step.apply(target, update)
         else:
-            with saving_to(branch.glue, self, self.facts):
+            with saving_to(branch.glue, self):
                 streams[step.target] = step.apply(target, update)
+            branch.glue.close(self, self.facts, ("glue", key))
         if branch.target is not None or (branch.first and self.has_head):
-            branch.output = self.run.guard.sample(update)
+            branch.output = self.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
         if branch.owns_source:
             self._replace_source(branch, self._hold(source.detach().clone()))
@@ -270,6 +284,7 @@ class CouplingFrame(ModuleFrame):
     def _step_ends(self, position: int, streams: list[Tensor]) -> None:
         """Inside a long chain: the steps before ``position``, where the streams are these, may be let go of."""
         self.packed.clear()
+        self.branches[position - 1].hold()
         state = _ChainState(self, _Cursor(position, [self._hold(stream.detach()) for stream in streams], transient=False))
         self._states.append(state)
         self.run.budget.add_frame(state, self.run.ledger.held - self._held_before)
@@ -295,17 +310,27 @@ class CouplingFrame(ModuleFrame):
             return
         if not self.output.held or self.output.current_version != self.output.version:
             self.keep("its output was changed in place")
-        elif not all(slots.intact() for branch in self.branches for slots in branch.all_slots()):
+        elif not all(slots.intact() for slots in self.all_slots()):
             self.keep("a tensor that it saved was changed in place")
         else:
             self.released = True
+            self.learn_to_go()
             for branch in self.branches:
                 branch.release()
             self._anchor = None
             self._states = []
             self.release_inputs()
 
+    def hold(self) -> None:
+        """Keep what it saved."""
+        for branch in self.branches:
+            branch.hold()
+
     # -- backward
+
+    def all_slots(self) -> list[Slots]:
+        """Of the branches, and of the law."""
+        return [slots for branch in self.branches for slots in branch.all_slots()]
 
     def sources(self) -> list[Value]:
         """The output, unless the streams are at hand already."""
@@ -379,7 +404,7 @@ class CouplingFrame(ModuleFrame):
             if value is not None and not value.held:
                 value.receive(self._aliases(cursor.streams) if cursor.transient else cursor.streams, self.module.dim)
                 if cursor.transient:
-                    self.run.purge_later(value)
+                    self.run.passes.purge_later(value, NOTHING)
                 else:
                     value.consumer = None  # the anchor of what is before it from now on
         if not cursor.transient:
@@ -501,14 +526,16 @@ class CouplingFrame(ModuleFrame):
         def call() -> Tensor:
             return glue.fill(lambda: branch.step.apply(target, update), transient=transient)
 
-        branch.state.repeat(call, grad=True)
+        branch.state.repeat(call, grad=True, reach=(branch.step.law.forward,))
 
     def _guard(self, branch: _Branch, previous: Tensor, after: Tensor | None) -> None:
         if branch.sample is None:
             return
         run = self.run
         fallback = run.fallback(self, branch.index, branch.index)
-        run.guard.check(branch.sample, previous, self.bounds(previous), lambda: branch.label(self), fallback, run.at_end, after)
+        bounds = self.bounds(previous)
+        label = lambda: branch.label(self)  # noqa: E731
+        run.guard.check(branch.sample, previous, bounds, label, fallback, run.at_end, after, soon=self.first)
 
     def distrust(self, below: int | None = None) -> None:
         """Keep every step (before ``below``) from the next call on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from ..precision import Precision, coarse, precision_of
 from ..state import Modes
 from ..storage import Held, is_near
 from .branch import STATE, STATISTICS, CallState
+from .evidence import FIRST, inversions
 from .guard import DRIFT, Sample, tolerance
 from .local import THREADS
 from .plan import Draws, Facts, facts_of
@@ -73,6 +74,7 @@ class Frame(abc.ABC):
     from its outputs. Handles hold their frame, a frame holds its outputs, and its inputs only weakly.
     """
 
+    turns = inversions  # by which it is checked
     exact = False  # whether what it is rebuilt from is what it was
     compares = False  # elements of all that it saves, when it is rebuilt
     open = False  # whether its call is being made, as far as it matters
@@ -81,9 +83,9 @@ class Frame(abc.ABC):
         self.run = run
         self.facts = facts
         self.ordinal = run.ordinal
+        self.stays = facts.stays(run.budget.limit)  # what it saves will be there when backward comes, as far as is known
         self._training = training
         self.device: torch.device
-        self.look_again: Callable[[], None]
         self.modes: Modes | None
         self.precision: Precision = ()
         self.captured = False  # its call is part of a CUDA graph
@@ -94,6 +96,7 @@ class Frame(abc.ABC):
         self.draws: frozenset[str] = EVERY
         self._drew_outside = False
         self.saves_input = False
+        self.checked = True  # what a rebuild gives is compared with what was there
         self.why_kept = ""
         self.released = False
         self.inputs: list[weakref.ref[Value]] = []
@@ -110,6 +113,19 @@ class Frame(abc.ABC):
     @abc.abstractmethod
     def release(self) -> None:
         """The next block opens: let go of what can be rebuilt."""
+
+    @abc.abstractmethod
+    def hold(self) -> None:
+        """After the call, where it was not let go of: keep what it saved."""
+
+    @abc.abstractmethod
+    def all_slots(self) -> Iterable[Slots]:
+        """The slots of all its stretches."""
+
+    def learn_to_go(self) -> None:
+        """It is let go of before backward comes: so will the next ones be."""
+        if self.stays:
+            self.facts.learn_stays(self.run.budget.limit, False)
 
     @abc.abstractmethod
     def sources(self) -> list[Value]:
@@ -142,10 +158,12 @@ class Frame(abc.ABC):
     def begin(self, device: torch.device) -> None:
         """Before the call: note the modes, and where the generators are, as far as earlier calls make that needed."""
         self.device = device
-        self.look_again = functools.partial(self.facts.look_again, again=self.facts.looked_again)  # if it cannot be repeated
+        self._looked_again = self.facts.looked_again
         self.modes = Modes.of_call(device)
         self.precision = precision_of(device)
         self.captured = is_capturing(device)
+        self.facts.calls += 1
+        self.checked = self.is_looked_at() or self.turns.picks()
         run, known = self.run, self.facts.draws(self._training)
         if self.captured:
             self._check_capture(known)
@@ -155,6 +173,11 @@ class Frame(abc.ABC):
             marks = run.rng.marks(device)
             self._drew_outside = run.marks is not None and marks != run.marks
             run.marks = marks
+
+    @property
+    def look_again(self) -> Callable[[], None]:
+        """For a call that cannot be repeated; it does not hold the frame."""
+        return functools.partial(self.facts.look_again, again=self._looked_again)
 
     def _check_capture(self, known: Draws) -> None:
         """Raise unless earlier calls have shown that this one can be repeated in a CUDA graph."""
@@ -247,6 +270,7 @@ class Frame(abc.ABC):
         if not exact and (grid_bits is not None or (not keeps_zeros and self.has_zeros(tensor, place))):
             return None
         value.consumer = self
+        self.checked |= value.follows_head  # where all errors arrive
         self.inputs.append(weakref.ref(value))
         return value
 
@@ -272,8 +296,21 @@ class Frame(abc.ABC):
 
     def check_replay(self, rebuilt: Tensor, original: Tensor, label: Callable[[], str]) -> None:
         """Compare elements that a replay gave, in memory of their own, with those that forward had."""
-        run = self.run
-        run.guard.check_replay(rebuilt, original, self._replay_bound(original), label, self.look_again, run.at_end)
+        run, bound = self.run, self._replay_bound(original)
+        run.guard.check_replay(rebuilt, original, bound, label, self.look_again, run.at_end, soon=self.first)
+
+    def is_looked_at(self) -> bool:
+        """Whether it is checked whoever's turn it is: in its first calls, or as the user wishes."""
+        return self.run.guard.mode != "fallback" or self.first
+
+    def sample(self, tensor: Tensor) -> Sample | None:
+        """Some elements, by which a reconstruction is known, if this call is checked."""
+        return self.run.guard.sample(tensor) if self.checked else None
+
+    @property
+    def first(self) -> bool:
+        """Whether it is among the first calls of its block, of which everything is checked."""
+        return self.facts.calls <= FIRST
 
     def _replay_bound(self, original: Tensor) -> float:
         """How far a replay may be off: from what was kept by the order of sums only, which an accelerator leaves open."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,12 +147,74 @@ class Sample(NamedTuple):
         return tensor.detach().clone() if self.places is None else self.of(tensor)
 
 
+class _Flight:
+    """Comparisons that a device makes; they are read when it has, in a later step. What is wrong is named then.
+
+    Five launches for all pairs of one dtype and length, seven where exact zeros have to come back.
+    """
+
+    __slots__ = ("_event", "_norms", "_step", "_values", "_verdicts")
+
+    steps = 0  # that have ended, of all runs
+
+    def __init__(self, pairs: Sequence[_Pending], *, zeros: bool) -> None:
+        values = torch.cat([_real(one) for side in zip(*((p.rebuilt, p.original) for p in pairs), strict=True) for one in side])
+        values = values.view(2, len(pairs), -1)
+        error = values[0] - values[1]
+        self._values = values if zeros else None
+        rows = [error, values[1]] if not zeros else [error, values[1], torch.where(values[1] == 0, error, 0)]
+        both = torch.cat(rows)
+        norms = torch.linalg.vector_norm(both, dim=1, dtype=torch.float32 if both.device.type == "mps" else torch.float64)
+        self._verdicts = [pair.verdict for pair in pairs]
+        self._step = _Flight.steps
+        self._event: Any = None
+        if norms.is_cuda:
+            self._norms = torch.empty(norms.shape, dtype=norms.dtype, device="cpu", pin_memory=True)
+            self._norms.copy_(norms, non_blocking=True)
+            self._event = torch.cuda.current_stream(norms.device).record_event()
+        else:
+            self._norms = norms
+
+    def landed(self) -> bool:
+        """Whether it can be read without waiting."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> None:
+        """Give the verdicts; raise the first error."""
+        if self._event is not None:
+            self._event.synchronize()
+        count, norms, ago = len(self._verdicts), self._norms.tolist(), _Flight.steps - self._step
+        problem: RevhooksError | None = None
+        for place, verdict in enumerate(self._verdicts):
+            error, scale, *lost = norms[place::count]
+            try:
+                verdict(_ratio(error, scale), self._lost(place) if any(lost) else 0)
+            except RevhooksError as found:
+                problem = problem or found
+        try:
+            if problem is not None:
+                problem.add_note(f"It was found {ago} backward passes later." if ago else "It was in the latest backward pass.")
+                raise problem
+        finally:
+            del problem  # its traceback leads to this frame
+
+    def _lost(self, place: int) -> int:
+        """How many zeros of a pair have not come back."""
+        rebuilt, original = self._values[:, place]  # type: ignore[index] # they are there
+        return int(((original == 0) & (rebuilt != 0)).sum())
+
+
+# of all runs: a context may be left before a device has told
+_flights: deque[_Flight] = deque()
+
+
 class _Pending(NamedTuple):
     """A comparison whose result an accelerator still has. It names no frame: what was rebuilt is not to live longer for it."""
 
     rebuilt: Tensor
     original: Tensor
     verdict: Verdict
+    zeros: bool = False  # whether exact zeros have to come back
 
 
 class Guard:
@@ -166,6 +229,7 @@ class Guard:
         self.worst = WorstError()
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._pending: list[_Pending] = []
+        self._late: list[_Pending] = []
 
     def sample(self, tensor: Tensor) -> Sample | None:
         """A copy of a few hundred elements from everywhere; ``None`` when the guard is off, or nothing can be read."""
@@ -205,8 +269,9 @@ class Guard:
         source: Tensor | None = None,
         *,
         zeros: bool = True,
+        soon: bool = True,
     ) -> None:
-        """Compare a reconstruction from ``source`` with its sample.
+        """Compare a reconstruction from ``source`` with its sample, far away at the end of the pass (``soon``) or later.
 
         Exact zeros have to come back if ``zeros``; forward has looked for them unless that would have made it wait.
 
@@ -219,7 +284,7 @@ class Guard:
             if source is not None:
                 source = source.detach().reshape(-1)[:SAMPLES].clone()
             verdict = functools.partial(self._judge, bounds, functools.partial(str, label()), fallback, source, zeros)
-            if self.later(sample.copy_of(rebuilt), sample.values, verdict, defer):
+            if self.later(sample.copy_of(rebuilt), sample.values, verdict, defer, soon=soon, zeros=zeros):
                 return
         self._judge(bounds, label, fallback, source, zeros, relative_error(sample.of(rebuilt), sample.values))
 
@@ -231,6 +296,8 @@ class Guard:
         label: Callable[[], str],
         learn: Callable[[], None],
         defer: Defer,
+        *,
+        soon: bool = True,
     ) -> None:
         """Compare elements that a replay gave with those that forward had; ``learn`` is called if they differ by more (relative).
 
@@ -241,26 +308,47 @@ class Guard:
             return
         if not is_near(rebuilt.device):
             verdict = functools.partial(self._judge_replay, bound, functools.partial(str, label()), learn)
-            if self.later(rebuilt, original, verdict, defer):
+            if self.later(rebuilt, original, verdict, defer, soon=soon):
                 return
         self._judge_replay(bound, label, learn, relative_error(rebuilt, original))
 
-    def later(self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer) -> bool:
-        """Give the result to ``verdict`` at the end of this backward pass; ``False`` outside of one.
+    def later(
+        self, rebuilt: Tensor, original: Tensor, verdict: Verdict, defer: Defer, *, soon: bool = True, zeros: bool = False
+    ) -> bool:
+        """Give the result to ``verdict`` at the end of this backward pass, or in a later step; ``False`` outside of a pass.
 
         ``verdict`` must hold no frame, no Value and no recipe.
         """
         if not defer(self.settle):
             return False
-        self.note(rebuilt, original, verdict)
+        pending = self._pending if soon or self.mode == "raise" else self._late
+        pending.append(_Pending(rebuilt, original, verdict, zeros))
         return True
 
     def note(self, rebuilt: Tensor, original: Tensor, verdict: Verdict) -> None:
         """Give the result to ``verdict`` at the end of the next backward pass that compares something."""
         self._pending.append(_Pending(rebuilt, original, verdict))
 
+    def land(self, *, wait: bool = False) -> None:
+        """Read what devices have told since, or wait until they have told all.
+
+        Raises:
+            RevhooksError: something in an earlier step was not what it was.
+        """
+        while _flights and (wait or _flights[0].landed()):
+            _flights.popleft().read()
+
     def settle(self) -> None:
-        """Read the comparisons that an accelerator has made, all at once."""
+        """Read the comparisons that an accelerator has made, all at once; start those that are read later."""
+        self.land()
+        _Flight.steps += 1
+        late, self._late = self._late, []
+        groups: dict[tuple[bool, object], list[_Pending]] = {}
+        for pair in late:
+            original, rebuilt = pair.original, pair.rebuilt
+            key = (original.device, original.dtype, rebuilt.dtype, original.numel())
+            groups.setdefault((pair.zeros, key), []).append(pair)
+        _flights.extend(_Flight(pairs, zeros=zeros) for (zeros, _), pairs in groups.items())
         pending, self._pending = self._pending, []
         problem: Exception | None = None
         for (error, lost), one in zip(_results(pending), pending, strict=True):

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from ..kinds import is_allocated, without_graph
-from ..ops import Source
+from ..saved import Counted, Source, View
 from ..storage import is_opaque, version_of
 from ..streams import follow
+from .dropped import Dropped
 from .guard import is_measured
-from .handle import SlotHandle, ViewHandle
+from .handle import SlotHandle
 from .local import EnoughError, Filling
+from .passes import current_pass
 from .sketch import Elements
 from .slots import ALONE, DEAD, Slots, kind_of, looks_of
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .frame import Frame
     from .plan import Facts
     from .tail import Tail
-    from .value import Values
 
 __all__ = ["LeanSlots"]
 
@@ -30,24 +31,24 @@ _T = TypeVar("_T")
 
 
 class LeanSlots(Slots):
-    """`Slots` that hold Values: of a tensor that has a recipe only what it starts from is there.
+    """`Slots` that hold handles: of a tensor that has a recipe only what it starts from is there.
 
-    The Values are found by these slots alone: what is saved elsewhere neither starts from them nor keeps them. To look for
-    recipes takes time, so where the latest call's slots were let go of before backward came, forward holds what it saves as
-    it is, and only what is rebuilt is looked at.
+    The handles are found by these slots alone: what is saved elsewhere neither starts from them nor keeps them. To look for
+    recipes takes time: what is let go of before backward comes is held as it is (``stays``), and only what is rebuilt is
+    looked at, where that would raise the peak.
     """
 
-    __slots__ = ("_budget", "_facts", "_plain", "_samples", "_seen", "_undecided", "values")
+    __slots__ = ("_budget", "_plain", "_samples", "_seen", "home", "task")
 
-    def __init__(self, frame: Frame, position: int, facts: Facts) -> None:
+    def __init__(self, frame: Frame, position: int, *, stays: bool) -> None:
         super().__init__(frame, position)
-        self._facts = facts
         self._budget = frame.run.budget
-        self._undecided = True  # neither let go of nor read so far
-        self._plain = not facts.stays(self._budget.limit)  # holds tensors as they are
+        self.home = object()  # under which nodes note what is here; it holds nothing
+        self.task = current_pass()  # in which the call is made, or is run again
+        self._plain = not stays  # holds tensors as they are
+        self._raw = self._plain
         self._samples: dict[int, Elements] = {}  # some elements of what is recomputed, for a comparison
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
-        self.values: Values = {}
 
     # -- forward
 
@@ -55,7 +56,7 @@ class LeanSlots(Slots):
         """Pack a tensor that was saved during forward."""
         if self._plain:
             return super().save(tensor, frame)
-        self._leaves.append(kind_of(tensor))
+        self._kinds.append(kind_of(tensor))
         self._versions.append(version_of(tensor))
         if is_opaque(tensor):
             self._seen.append((None, ALONE, 0))
@@ -68,33 +69,37 @@ class LeanSlots(Slots):
 
     def _pack(self, tensor: Tensor, index: int, frame: Frame) -> Source:
         """Hold it, or what recomputes it."""
-        entry = frame.run.pack_inside(tensor, self, frame.label)
+        entry = frame.run.pack_inside(tensor, self, index, frame.label)
         if frame.compares and frame.run.guard.mode != "off" and not self._is_there(entry) and is_measured(tensor):
             self._samples[index] = Elements(tensor)
         return entry
 
-    def close(self, frame: Frame, facts: Facts) -> None:
+    def close(self, frame: Frame, facts: Facts, key: object, output: Any = None) -> None:
         """After the code has run: tell what is passed, and what a replay has to save again."""
         if self._plain:
-            super().close(frame, facts)
+            super().close(frame, facts, key, output)
             return
         expected: list[Any] = []
+        own: dict[int, int] = {}
         for index, (looks, key, nbytes) in enumerate(self._seen):
             is_input = key in frame.input_keys
             dead = self.tensors[index] is None
-            passed = dead or key == ALONE or (not is_input and (self._leaves[index] or key in frame.external))
+            passed = dead or key == ALONE or (not is_input and (self._kinds[index] or key in frame.external))
             expected.append((DEAD if dead else key) if passed else (looks, is_input))
-            self._keys.append(0)
             self._alive.append(not passed)
             if not passed:
                 self.live += 1
                 frame.saves_input |= is_input
+                if not is_input:
+                    own[key] = nbytes
                 if key not in frame.packed:
                     frame.packed.add(key)
                     self._packed += nbytes
+        self._rebuilt = sum(own.values())
         self._seen = []
         self._looks = expected
         self._ledger.pack(self._packed)
+        frame.run.note_saved(len(self.tensors))
 
     def is_at_hand(self, index: int) -> bool:
         """Whether what was saved at a place is held itself, and not to be made first."""
@@ -109,9 +114,6 @@ class LeanSlots(Slots):
             ModifiedError: it was modified in place since it was saved (Rule 8).
         """
         entry = self.tensors[index]
-        if self._undecided:
-            self._undecided = False
-            self._facts.learn_stays(self._budget.limit, True)
         if not isinstance(entry, Source):
             return super().read(index)
         tensor = entry.get()
@@ -147,24 +149,19 @@ class LeanSlots(Slots):
 
     @staticmethod
     def _is_there(entry: Any) -> bool:
-        value = getattr(entry, "value", entry)
-        if value is None or getattr(value, "recipe", None) is not None:
-            return False
-        return value is entry or is_allocated(value.get())  # else there is no view of it
+        if type(entry) is View:
+            return type(entry.of) is not Dropped and is_allocated(entry.of.get())  # else there is no view of it
+        return entry is not None and type(entry) is not Dropped
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
         if self._plain:
             return super().held()
-        values = [reference() for reference in self.values.values()]
-        return [tensor for value in values if value is not None for _, _, tensor in value.report()]
+        handles: list[Any] = [entry.of if type(entry) is View else entry for entry in self.tensors]
+        return [tensor for handle in handles if type(handle) in (Counted, Dropped) for tensor in handle.report()]
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
-        if self._undecided:
-            self._undecided = False
-            if not self._plain:  # nor would it stay if it took more room
-                self._facts.learn_stays(self._budget.limit, False)
         if self._plain:
             super().release()
             return
@@ -176,8 +173,10 @@ class LeanSlots(Slots):
         if self._plain:
             return super()._damaged()
         for index, entry in enumerate(self.tensors):
-            value = entry.value if type(entry) is ViewHandle else entry
-            if index < len(self._alive) and self._alive[index] and value is not None and value.current_version != value.version:
+            handle: Any = entry.of if type(entry) is View else entry
+            if type(handle) not in (Counted, Dropped) or index >= len(self._alive) or not self._alive[index]:
+                continue
+            if handle.current_version != handle.version:
                 return index
         return None
 
@@ -212,19 +211,23 @@ class LeanSlots(Slots):
         if frame is not None:
             places = range(tail.start, len(entries))
             entries[tail.start :] = [
-                None if entries[i] is None else frame.run.pack_inside(entries[i], self, frame.label) for i in places
+                None if entries[i] is None else frame.run.pack_inside(entries[i], self, i, frame.label) for i in places
             ]
         self._take(entries, transient=transient)
 
     def _prepare(self) -> bool:
-        """Empty the slots; whether to fill them with Values: what is rebuilt is soon used up, and may raise the peak."""
+        """Empty the slots; whether to fill them with handles: what is rebuilt is soon used up, and may raise the peak."""
         ledger = self._ledger
         self.release()
         self._samples.clear()
-        self._plain = ledger.held + self._packed <= max(self._budget.limit, ledger.peak_held)
-        if not self._plain:
-            self._keys = [0] * len(self._keys)
+        self.task = current_pass()
+        self._plain = ledger.all_held + self._packed <= max(self._budget.limit, ledger.peak_held)
         return not self._plain
+
+    def hold(self) -> None:
+        """Hold what was saved until backward comes."""
+        if self._plain:
+            super().hold()
 
     def packed_again(self, tensor: Tensor, index: int) -> Tensor | Source:
         """What a replay has saved there, as these slots hold it."""
@@ -255,7 +258,7 @@ class LeanSlots(Slots):
 
 
 class _Filling(Filling):
-    """Of slots that hold Values."""
+    """Of slots that hold handles."""
 
     __slots__ = ()
 

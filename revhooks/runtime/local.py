@@ -21,10 +21,9 @@ from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from ..kinds import without_graph
 
 if TYPE_CHECKING:
-    from ..ops import Source
+    from ..saved import Source
     from .frame import Frame
     from .handle import SlotHandle
-    from .plan import Facts
     from .run import Run
     from .slots import Slots
 
@@ -114,14 +113,13 @@ def surrounding() -> Packer | None:
 class saving_to(Packer):  # noqa: N801 - used as a function
     """Send what is saved inside into ``slots`` of ``frame``, in whatever thread autograd saves it."""
 
-    __slots__ = ("_facts", "_frame", "_lock", "_replaying", "_slots", "_threads")
+    __slots__ = ("_frame", "_lock", "_replaying", "_slots", "_threads")
 
-    def __init__(self, slots: Slots, frame: Frame, facts: Facts) -> None:
+    def __init__(self, slots: Slots, frame: Frame) -> None:
         around = packer()
         self._replaying = around is not None and around.replaying
         self._slots = slots
         self._frame = frame
-        self._facts = facts
         self._lock = Lock()
         self._threads: set[int] = set()  # in which inner backwards have saved
 
@@ -130,10 +128,8 @@ class saving_to(Packer):  # noqa: N801 - used as a function
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         pop_hooks()
-        if kind is None:
-            self._slots.close(self._frame, self._facts)
-            if len(self._threads) > 1:
-                self._frame.keep(THREADS)
+        if kind is None and len(self._threads) > 1:
+            self._frame.keep(THREADS)
 
     @property
     def owner(self) -> Run:

@@ -20,7 +20,7 @@ _bracketed: set[tuple[type, str]] = set()
 
 
 def bracket(spec: object) -> None:
-    """Have calls of these modules come to ``run.call_named``."""
+    """Have calls of these modules come to ``run.call_named``; of a predicate or ``None`` any module's, to ``run.call_module``."""
     if isinstance(spec, type):
         _bracket_class(spec)
     elif isinstance(spec, (tuple, list)):
@@ -42,11 +42,12 @@ def _bracket(cls: type, name: str) -> None:
         return
     _bracketed.add((cls, name))
     original: Callable[..., Any] = getattr(cls, name)
+    call = "call_module" if name == "__call__" else "call_named"
     active, is_compiling = ACTIVE, torch.compiler.is_compiling
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_compiling() or (run := active.run) is None:  # in this order: dynamo is to look at no run
             return original(self, *args, **kwargs)
-        return run.call_named(original, self, args, kwargs)  # type: ignore[attr-defined]
+        return getattr(run, call)(original, self, args, kwargs)
 
     setattr(cls, name, in_place_of(original, method))

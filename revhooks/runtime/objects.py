@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ..kinds import leaf_of
 from ..owned import is_foreign, own_attributes
+from ..reach import PLAIN
+from .tree import LEAVES
 
 __all__ = ["Former", "Objects", "Own", "Seen"]
 
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range})
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _LISTS = (list, tuple, set, deque)
 _WHOLE = (Tensor, nn.Module, Enum, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
@@ -56,6 +57,8 @@ class Objects:
     @classmethod
     def among(cls, arguments: Sequence[Any]) -> Objects | None:
         """The objects among the arguments, if there are any."""
+        if LEAVES.issuperset(map(type, arguments)):
+            return None
         objects = cls(arguments)
         return objects if objects._nodes else None
 
@@ -183,7 +186,7 @@ def _contents(thing: Any) -> _Contents | None:
     kind = type(thing)
     if kind is Own:
         return thing.now()  # type: ignore[no-any-return]
-    if kind in _PLAIN or isinstance(thing, _WHOLE) or is_foreign(kind):
+    if kind in PLAIN or isinstance(thing, _WHOLE) or is_foreign(kind):
         return None
     if kind in _DICTS:
         return thing.copy()  # type: ignore[no-any-return]
@@ -213,7 +216,7 @@ def _is_data(thing: Any, contents_of: Callable[[Any], _Contents | None]) -> bool
     """Whether it leads to a tensor, or is made of numbers and texts: what a call may go on with."""
     things = _all_in(thing, contents_of)
     kinds = {*map(type, things)} - {type(None)}
-    return any(map(_is_tensor, things)) or (bool(kinds) and kinds <= _PLAIN | {*_DICTS, *_LISTS})
+    return any(map(_is_tensor, things)) or (bool(kinds) and kinds <= PLAIN | {*_DICTS, *_LISTS})
 
 
 def _parts(contents: _Contents) -> Iterable[Any]:
@@ -227,7 +230,7 @@ def _is_same(now: _Contents | None, before: _Contents) -> bool:
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and type(a) in _PLAIN and bool(a == b)
+    return type(a) is type(b) and type(a) in PLAIN and bool(a == b)
 
 
 class _Link:

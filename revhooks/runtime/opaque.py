@@ -14,6 +14,7 @@ from ..capture import CAPTURED, is_capturing
 from ..errors import InversionError, ReplayError, explain
 from ..kinds import leaf_of
 from ..registry import Registration
+from ..saved import freed, modified
 from ..storage import Held, is_near, is_opaque, own_storage_key, restride, storage_key, version_of
 from ..tracing import compiler
 from .arguments import Arguments
@@ -24,12 +25,13 @@ from .guard import Sample
 from .interpose import branches_of, deeper, shadowed
 from .local import saving_to
 from .objects import Objects
+from .passes import NOTHING
 from .plan import Facts, Inversion, has_custom_function
 from .replay import FunctionModule
 from .slots import Slots
 from .tree import flatten, leaves_of, map_tensors, tensors_of
 from .trial import Trial
-from .value import Value, fetch, freed, modified
+from .value import Value, fetch
 from .ways import Place, in_order, leading, places_of, returned, split
 
 if TYPE_CHECKING:
@@ -105,11 +107,12 @@ class OpaqueFrame(ModuleFrame):
         below = deeper(self.children) if recording and self._looks_deeper else []
         self.open = True
         with (
-            saving_to(self.glue, self, self.facts),
+            saving_to(self.glue, self),
             shadowed(self.children, branch, below, strays.append),
             self.state.watched(),
         ):
             output = self._original(self.module, *args, **kwargs)
+        self.glue.close(self, self.facts, (self.key, len(self.calls)), output)
         self.open = False
         return output
 
@@ -127,8 +130,11 @@ class OpaqueFrame(ModuleFrame):
         inputs = self.input_keys
         self.input_keys = inputs | {own_storage_key(t) for t in tensors_of((args, kwargs))}
         try:
-            with saving_to(call.slots, self, call.state.facts), call.state.watched():
+            with saving_to(call.slots, self), call.state.watched():
                 output = proceed(*args, **kwargs)
+            call.slots.close(
+                self, call.state.facts, (len(self.calls), tuple(call.shapes), tuple(call.strides), tuple(call.grads))
+            )
         finally:
             self.input_keys = inputs
         call.state.finish(self.moved)
@@ -160,19 +166,21 @@ class OpaqueFrame(ModuleFrame):
         trees = in_order(given, args, kwargs)
         self.given = [Input(self, place, tensor) for place, tensor in enumerate(tensors_of(trees))]
         if all(one.head is not None for one in self.given):
-            self._samples = [self.run.guard.sample(tensor) for tensor in tensors]
+            self._samples = [self.sample(tensor) for tensor in tensors]
         self._learn_ownership(tensors, arguments)
         if not self.replayed:
             _, self._with = flatten(trees)
             self._inputs = self._with(itertools.repeat(None))
             self.outputs = [Value(self.run, tensor, ANCHOR, self.label) for tensor in tensors]
+            for value in self.outputs:
+                value.follows_head = any(one.head is not None for one in self.given)
             leaves, again = flatten(output)
             self._shape = [None if isinstance(leaf, Tensor) else Constant(leaf) for leaf in leaves], again
 
     def _learn_ownership(self, outputs: list[Tensor], arguments: list[Tensor]) -> None:
         """Whether a backward in it may write into its input: then the blocks before it are not rebuilt from where it has that."""
         if self.facts.owns_input is None:
-            saves = any(slots.saves_input for slots in self._all_slots())
+            saves = any(slots.saves_input for slots in self.all_slots())
             self.facts.owns_input = saves and has_custom_function(outputs, arguments)
         for given in self.given if self.facts.owns_input else ():
             value = given.value() if given.value is not None else None
@@ -221,7 +229,7 @@ class OpaqueFrame(ModuleFrame):
         """Whether to keep the input takes little memory, and spares a costly inverse (DESIGN section 7)."""
         cost = self.entry.cost
         given = sum(tensor.nbytes for tensor in tensors_of(leading(in_order(self._places, args, kwargs))))
-        saved = sum(slots.packed_bytes for slots in self._all_slots())
+        saved = sum(slots.packed_bytes for slots in self.all_slots())
         return cost > 0 and given * _SMALL <= saved and given * _WORTH <= saved * cost
 
     # -- between
@@ -232,17 +240,24 @@ class OpaqueFrame(ModuleFrame):
             return
         if any(not value.held or value.current_version != value.version for value in self.outputs):
             self.keep("its output was changed in place")
-        elif not all(slots.intact() for slots in self._all_slots()):
+        elif not all(slots.intact() for slots in self.all_slots()):
             self.keep("a tensor that it saved was changed in place")
         else:
             self.released = True
+            self.learn_to_go()
             for call in self.calls:
                 call.state.remember(call.slots)
-            for slots in self._all_slots():
+            for slots in self.all_slots():
                 slots.release()
             self.release_inputs()
 
-    def _all_slots(self) -> list[Slots]:
+    def hold(self) -> None:
+        """Keep what it saved."""
+        for slots in self.all_slots():
+            slots.hold()
+
+    def all_slots(self) -> list[Slots]:
+        """Of the glue, and of the branches' calls."""
         return [self.glue, *(call.slots for call in self.calls)]
 
     def sources(self) -> list[Value]:
@@ -259,7 +274,7 @@ class OpaqueFrame(ModuleFrame):
             yield ARGUMENT, self.label, tensor
         for state in (self.state, *(call.state for call in self.calls)):
             yield from state.report(self.label)
-        for slots in self._all_slots():
+        for slots in self.all_slots():
             for saved in slots.held():
                 yield why, self.label, saved
 
@@ -291,7 +306,7 @@ class OpaqueFrame(ModuleFrame):
 
     def purge(self) -> None:
         """Drop the slots of one pass."""
-        for slots in self._all_slots():
+        for slots in self.all_slots():
             if slots.transient:
                 slots.release()
 
@@ -306,7 +321,7 @@ class OpaqueFrame(ModuleFrame):
             # what a backward may write into is not what the blocks before it are rebuilt from
             value.receive_tensor(tensor.tensor.clone() if self.facts.owns_input else tensor.tensor)
             if transient:
-                self.run.purge_later(value)
+                self.run.passes.purge_later(value, NOTHING)
             else:
                 value.consumer = None
 
@@ -324,7 +339,7 @@ class OpaqueFrame(ModuleFrame):
             self.run.second_evaluations += 1
         missing = [i for i, call in enumerate(self.calls) if call.slots.live and i not in memo]
         if fill and (missing or self.glue.live):
-            samples = [self.run.guard.sample(value.tensor()) for value in self.outputs]
+            samples = [self.sample(value.tensor()) for value in self.outputs]
             self._replay([held.tensor for held in inputs], memo, samples, transient=transient)
         return inputs
 
@@ -352,7 +367,8 @@ class OpaqueFrame(ModuleFrame):
 
         with shadowed(self.children, branch, self._inverse_strays, note):
             way, inverse = self.inversion.way, self.entry.resolve(self.module)
-            return self.state.repeat(lambda: way.call(inverse, output, args, kwargs), grad=False, reach=(args, kwargs))
+            reach = inverse, args, kwargs
+            return self.state.repeat(lambda: way.call(inverse, output, args, kwargs), grad=False, reach=reach)
 
     def _evaluate(
         self, call: Call | None, child: nn.Module, proceed: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -417,7 +433,9 @@ class OpaqueFrame(ModuleFrame):
         run = self.run
         fallback = run.fallback(self, self.key, 0)
         source = self.outputs[0].tensor() if self.outputs else None
-        run.guard.check(sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end, source, zeros=zeros)
+        run.guard.check(
+            sample, rebuilt, self.bounds(rebuilt), lambda: self.label, fallback, run.at_end, source, zeros=zeros, soon=self.first
+        )
 
     def distrust(self, below: int | None = None) -> None:
         """Replay it from the next call on."""
@@ -452,8 +470,9 @@ class OpaqueFrame(ModuleFrame):
         def forward() -> Any:
             return self._original(self.module, *args, **kwargs)
 
+        reach = self._original, args, kwargs
         with shadowed(self.children, branch):
-            output = self.state.repeat(lambda: self.glue.fill(forward, transient=transient), grad=True, reach=(args, kwargs))
+            output = self.state.repeat(lambda: self.glue.fill(forward, transient=transient), grad=True, reach=reach)
         if len(tensors_of(output)) != len(samples):
             raise self._not_repeated(f"{len(samples)} outputs", str(len(tensors_of(output))))
         self.verify_outputs(samples, tensors_of(output), lambda: self.label)

@@ -14,6 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import FallbackWarning, RegistrationError, explain
 from ..generators import EVERY
+from ..quiet import Proof
 from ..tracing import hide
 from .ways import Way
 
@@ -129,10 +130,12 @@ class Facts:
         "_many",
         "_zeros",
         "attributes",
+        "calls",
+        "foreseen",
         "kept",
         "leaves",
-        "looks",
         "owns_input",
+        "proof",
         "repeatable",
         "writes_input",
         "writes_parameters",
@@ -149,7 +152,9 @@ class Facts:
         self._branches: dict[str, list[weakref.ref[nn.Module]]] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
         self.leaves = Finding()  # whether what is run again writes to tensors of the user's
-        self.looks: list[object] = []  # of what the latest call saved
+        self.calls = 0  # that were noted
+        self.foreseen: dict[object, Any] = {}  # what calls have saved, by place and by what they got
+        self.proof: Proof | None = None  # that they leave nothing behind
         self.repeatable = True
         self.writes_input = True  # in place
         self.writes_parameters = True  # past their version counters

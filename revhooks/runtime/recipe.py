@@ -1,10 +1,14 @@
-"""Recipes: how a saved tensor comes back from what is held anyway (DESIGN section 7)."""
+"""Recipes: how a saved tensor comes back from what is held anyway (DESIGN section 7).
+
+The graph says how a tensor was made: from its node, from what that has saved (which are our own handles), and from the nodes
+before it. Whether what is computed so is what was there, bit by bit, is tried when a line of code is met for the first time,
+and checked by evidence from then on.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
@@ -15,22 +19,23 @@ from torch import Tensor
 
 from ..capture import is_capturing
 from ..errors import ReplayError, explain
-from ..fingerprint import fingerprint
-from ..ops import Leaf, is_doubtful, is_operation, is_view, operation, saves_result
+from ..ops import is_doubtful, is_view, operation, saves_result
+from ..saved import Counted, Leaf, Saved, View
 from ..state import PLAIN
-from ..storage import Geometry, is_near, restride
-from .guard import Verdict
-from .handle import SlotHandle, ViewHandle
+from ..storage import restride
+from .dropped import Dropped, Shaped
+from .evidence import FIRST, Evidence
+from .handle import SlotHandle
+from .passes import NO_PASS, current_pass
+from .places import Places, Site
 from .value import Value
 
 if TYPE_CHECKING:
     from .lean import LeanSlots
-    from .run import Run
+    from .shared import Shared
 
-__all__ = ["Recipe", "note_output", "recipe_of"]
+__all__ = ["LOOKS", "Recipe", "looks", "recipe_of"]
 
-_KEY = "revhooks"
-SMALL = 2048  # bytes; below, bookkeeping costs more than it gives
 MAX_DEPTH = 8  # recomputed from recomputed: each rebuild holds so many tensors for a moment
 MOST_SOURCES = 4  # times its bytes; a recipe holds what it starts from
 MAX_NODES = 6  # of one recipe
@@ -53,9 +58,14 @@ class _Step(NamedTuple):
         for part in self.inputs:
             if type(part) is _Step:
                 parts.append(part.signature())
-            elif isinstance(part, Leaf) and part.lasts:
+            elif type(part) is Leaf and part.lasts:
                 parts.append(part.get().untyped_storage()._cdata)
         return tuple(parts)
+
+    @property
+    def named(self) -> bool:
+        """Whether it starts from parameters too, which tell sites apart."""
+        return any(part.named if type(part) is _Step else type(part) is Leaf and part.lasts for part in self.inputs)
 
 
 def _value_of(part: Any) -> Any:
@@ -68,18 +78,21 @@ class Recipe:
     """Computes a tensor again, bit by bit: the operations are run as they were, on what they were run on.
 
     A change behind autograd's back is not in the graph: to a tensor on the way that nobody saved, or past a version counter. So
-    fingerprints are compared, which see any change of any bit and of their order (Rule 19).
+    evidence of what was let go of is compared.
     """
 
-    __slots__ = ("_fingerprint", "_names", "_place", "_run", "_site", "_step", "depth")
+    now = False
 
-    def __init__(self, run: Run, step: _Step, found: _Search, site: object, place: str) -> None:
-        self._run = run
+    __slots__ = ("_evidence", "_first", "_names", "_place", "_shared", "_site", "_step", "depth")
+
+    def __init__(self, shared: Shared, step: _Step, found: _Search, site: object, place: str, *, first: bool) -> None:
+        self._first = first
+        self._shared = shared
         self._step = step
         self._site = site
         self._names = found.names
         self._place = place
-        self._fingerprint: Tensor | None = None
+        self._evidence: Evidence | None = None
         self.depth = found.depth + 1
 
     @property
@@ -88,54 +101,33 @@ class Recipe:
         return f"{self._place}, recomputed by {' after '.join(name.removesuffix('Backward0') for name in self._names)}"
 
     def leave(self, tensor: Tensor) -> None:
-        """The Value lets go of its tensor."""
-        if self._fingerprint is None and self._run.guard.mode != "off" and not tensor.is_meta and not is_capturing(tensor.device):
-            self._fingerprint = fingerprint(tensor)
+        """The tensor is let go of."""
+        if self._evidence is None:
+            self._evidence = Evidence.of(tensor, self._shared.guard, first=self._first)
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor that is saved once more is what was let go of: it may have been edited past its version counter."""
-        if self._fingerprint is None or is_capturing(tensor.device):
+        verdict = functools.partial(_verdict, self._site, self.what)
+        if self._evidence is None or self._evidence.is_of(tensor, verdict, self._shared.guard):
             return True
-        now = fingerprint(tensor)
-        if is_near(tensor.device):
-            same = torch.equal(now, self._fingerprint)
-            if not same:
-                _trials[self._site] = -1
-            return same
-        self._run.guard.note(*self._difference(now, self._fingerprint))
-        return True
+        _trials[self._site] = -1
+        return False
 
-    def _difference(self, now: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Verdict]:
-        """What an accelerator is to be asked later."""
-        differs = (now != before).any().float()
-        return differs, torch.zeros_like(differs), functools.partial(_verdict, self._site, self.what)
-
-    def tensor(self, geometry: Geometry) -> Tensor:
+    def tensor(self, like: Shaped) -> Tensor:
         """The tensor, in its own strides.
 
         Raises:
             ReplayError: it is not what it was: something was edited behind autograd's back.
         """
-        result = _plainly(self._step).detach()
-        if result.shape != geometry.size:
-            raise self._differs(f"shape {tuple(geometry.size)}", f"{tuple(result.shape)}")
-        if result.stride() != geometry.stride:
-            result = restride(result, geometry.stride)
-        if self._fingerprint is not None and not is_capturing(result.device):
-            self._compare(fingerprint(result), self._fingerprint)
+        result = _plainly(self._step)
+        if result.shape != like.size:
+            raise _differs(self._site, self.what, f"shape {tuple(like.size)}", f"{tuple(result.shape)}")
+        if result.stride() != like.stride:
+            result = restride(result, like.stride)
+        if self._evidence is not None:
+            verdict = functools.partial(_verdict, self._site, self.what)
+            self._evidence.compare(result, verdict, self._shared)
         return result
-
-    def _compare(self, now: Tensor, before: Tensor) -> None:
-        if is_near(now.device):
-            if not torch.equal(now, before):
-                raise self._differs(*_OTHERS)
-            return
-        differs, nothing, verdict = self._difference(now, before)
-        if not self._run.guard.later(differs, nothing, verdict, self._run.at_end):
-            verdict(float(differs), 0)
-
-    def _differs(self, expected: str, got: str) -> ReplayError:
-        return _differs(self._site, self.what, expected, got)
 
     def holds(self) -> Iterator[Tensor]:
         """Nothing: its sources are held by themselves."""
@@ -155,35 +147,38 @@ def _plainly(step: _Step) -> Tensor:
         torch._C._set_grad_enabled(grad)
 
 
-def note_output(tensor: Tensor, value: Value) -> None:
-    """Let the node that made a saved tensor know its Value, for recipes that start from it."""
-    node = tensor.grad_fn
-    if node is not None and not tensor.output_nr:
-        node.metadata[_KEY] = weakref.ref(value)  # type: ignore[index]
-
-
-def recipe_of(run: Run, base: Tensor, place: str, inside: LeanSlots | None = None) -> Recipe | None:
+def recipe_of(
+    shared: Shared, base: Tensor, what: str, spot: Any, places: Places, inside: LeanSlots | None = None
+) -> Recipe | None:
     """A recipe for a tensor that covers its storage; ``None`` if it is not made cheaply from what is held anyway.
 
     Args:
-        run: whose values are held.
+        shared: whose handles it may start from.
         base: the tensor.
-        place: where it is saved, for messages.
-        inside: the slots that it is for, whose own values are held for as long as they are.
+        what: how messages call where it is saved.
+        spot: its place in the step.
+        places: what is known of such.
+        inside: the slots that it is for, whose own handles are there for as long as they are.
     """
-    node = base.grad_fn
-    if node is None or base.output_nr or not is_operation(node):
-        return None
-    found = _Search(run, base, inside)
-    step = found.step(node)
+    found = _Search(shared, base, inside)
+    step = found.step(base.grad_fn)
     if step is None or found.depth >= MAX_DEPTH or found.source_bytes > MOST_SOURCES * base.nbytes or not found.explains(base):
         return None
+    spot = (spot, base._version, base.dtype)
+    known = places.sites.get(spot)
+    forward = current_pass() == (NO_PASS if inside is None else inside.task)
+    if forward and known is not None and known.names == found.names and _trials.get(known.site, 0) > 0:
+        known.met += 1
+        return Recipe(shared, step, found, known.site, what, first=known.met < FIRST)
     site = (step.signature(), base._version, base.dtype, base.dim(), _caller())
     # what backward saves again may have come back from an inversion, of which the graph does not tell
-    again = inside is None and torch._C._current_graph_task_id() != -1
-    if not base.is_meta and not (_computes(run, step, base) if again else _is_known(run, site, step, base, found)):
+    again = inside is None and not forward
+    if not base.is_meta and not (_computes(shared, step, base) if again else _is_known(shared, site, step, base, found)):
         return None
-    return Recipe(run, step, found, site, place)
+    looks.update(dict.fromkeys(found.used, sys.maxsize))
+    if _is_trusted(site, step, base, found):
+        places.learn(spot, Site(site, found.names))
+    return Recipe(shared, step, found, site, what, first=True)
 
 
 class _Search:
@@ -191,20 +186,20 @@ class _Search:
 
     Attributes:
         names: of the nodes, the last one first.
-        named: whether it starts from parameters too, which tell sites apart.
         depth: how deep its sources are recomputed themselves.
         source_bytes: what it starts from.
+        used: kinds of nodes whose outputs it starts from, that were noted there.
     """
 
-    __slots__ = ("_cost", "_inside", "_run", "_storage", "depth", "named", "names", "source_bytes")
+    __slots__ = ("_cost", "_inside", "_shared", "_storage", "depth", "names", "source_bytes", "used")
 
-    def __init__(self, run: Run, base: Tensor, inside: LeanSlots | None = None) -> None:
-        self._run = run
+    def __init__(self, shared: Shared, base: Tensor, inside: LeanSlots | None = None) -> None:
+        self._shared = shared
         self._inside = inside
         self._storage = base.untyped_storage()._cdata  # what lies there is what is to be let go of
         self._cost = 0.0
         self.names: list[str] = []
-        self.named = False
+        self.used: list[type] = []
         self.depth = 0
         self.source_bytes = 0
 
@@ -214,7 +209,8 @@ class _Search:
 
     def explains(self, base: Tensor) -> bool:
         """Whether its version may come from steps in its own memory; else it was changed where the graph does not tell."""
-        return base._version < max(len(self._steps), 1)
+        version = base._version
+        return not version or version < max(len(self._steps), 1)
 
     def shows(self, base: Tensor) -> bool:
         """Whether versions show every change: steps in the same memory count in its own; what lies between others is unseen.
@@ -227,63 +223,78 @@ class _Search:
         return not base._version
 
     def step(self, node: Any, place: int = 0) -> _Step | None:
-        if len(self.names) >= MAX_NODES:
+        names = self.names
+        if len(names) >= MAX_NODES:
             return None
         found = operation(node, place)
         if found is None:
             return None
-        self._cost += found.cost
+        compute, parts, compute_, cost = found
+        self._cost += cost
         if self._cost > MOST_COST:
             return None
         name = type(node).__name__
-        self.names.append(name)
-        inputs = []
-        for part in found.inputs:
-            resolved = self._edge(part) if type(part) is tuple else self._source(part)
+        names.append(name)
+        inputs: list[Any] = []
+        for part in parts:
+            kind = type(part)
+            if part is None or kind is Leaf:
+                inputs.append(part)
+                continue
+            resolved = self._edge(*part) if kind is tuple else self._source(part)  # type: ignore[misc]
             if resolved is _UNKNOWN:
                 return None
             inputs.append(resolved)
-        compute = found.compute
-        if found.compute_ is not None:
+        if compute_ is not None:
             first = inputs[0]
             if type(first) is _Step and not is_view(first.name):
-                compute = found.compute_
+                compute = compute_
         return _Step(compute, tuple(inputs), name)
 
     def _source(self, part: Any) -> Any:
+        """A handle of this run, or of these slots, that holds something else."""
         if type(part) is SlotHandle:
             # a slot of another frame may come back by an inversion, which is not exact
             part = part.within(self._inside) if self._inside is not None else None
             if part is None:
                 return _UNKNOWN
-        value = part.value if type(part) is ViewHandle else part
-        if type(value) is Value:
-            if value.key == self._storage:
+        handle: Any = part.of if type(part) is View else part
+        kind = type(handle)
+        if kind is Saved or kind is Counted:
+            tensor = handle.tensor
+            if tensor.untyped_storage()._cdata == self._storage:
                 return _UNKNOWN
-            self.source_bytes += value.nbytes
-            if value.recipe is not None:
-                self.depth = max(self.depth, value.recipe.depth)
-        elif isinstance(part, Leaf) and part.lasts:
-            self.named = True
+            self.source_bytes += tensor.nbytes
+        elif kind is Dropped:
+            self.source_bytes += handle.nbytes
+            self.depth = max(self.depth, handle.depth)
+        elif kind is Value:
+            if handle.key == self._storage:
+                return _UNKNOWN
+            self.source_bytes += handle.nbytes
         return part
 
-    def _is_near(self, value: Value) -> bool:
-        """Whether it is not in slots of its own, other than those that the recipe is for."""
-        return value.values is self._run.values or (self._inside is not None and value.values is self._inside.values)
-
-    def _edge(self, edge: tuple[Any, int]) -> Any:
-        node, place = edge
+    def _edge(self, node: Any, place: int) -> Any:
         if node is None:
             return _UNKNOWN
-        reference = None if place else node.metadata.get(_KEY)
-        value = reference() if reference is not None else None
-        if value is not None and value.run is self._run and value.pinned and self._is_near(value):
-            return self._source(value)
+        if not place:
+            metadata = node.metadata
+            noted = metadata.get(self._shared)
+            if noted is None and self._inside is not None:
+                noted = metadata.get(self._inside.home)
+            handle = noted() if noted is not None else None
+            if handle is not None and (type(handle) is not Value or handle.pinned):
+                self.used.append(type(node))
+                return self._source(handle)
         step = self.step(node, place)
+        if step is None and looks.get(type(node)) == 0:
+            looks[type(node)] = 1  # for the next one
         return _UNKNOWN if step is None else step
 
 
 _UNKNOWN = object()
+LOOKS = 256
+looks: dict[type, int] = {}  # how often what nodes of a kind have made is still noted, in case that recipes start from it
 
 _trials: dict[object, int] = {}  # by site: how often the recipe computed what was there; -1: not always
 TRUSTED = 16
@@ -307,37 +318,45 @@ def _verdict(site: object, what: str, error: float, lost: int = 0) -> None:
         raise _differs(site, what, *_OTHERS)
 
 
-def _is_known(run: Run, site: object, step: _Step, base: Tensor, found: _Search) -> bool:
-    """Whether a recipe computes what is there: tried the first times that its site is met (Rule 10).
+def _is_trusted(site: object, step: _Step, base: Tensor, found: _Search) -> bool:
+    """Whether trials have shown enough.
 
     The graph does not know of changes under `torch.no_grad`: to the tensor, whose version tells, or to one on the way to it. A
     site makes such changes every time or never; where no parameter and no version but only the line of code tells sites apart,
-    which may serve many, more than one trial is made. Changes now and then are left to the recipe's comparison.
+    which may serve many, more than one trial is made. Changes now and then are left to the evidence.
     """
+    trials = _trials.get(site, 0)
+    enough = trials > 0 and (step.named or trials >= TRUSTED or found.shows(base))
+    return enough and not any(map(is_doubtful, found.names))
+
+
+def _is_known(shared: Shared, site: object, step: _Step, base: Tensor, found: _Search) -> bool:
+    """Whether a recipe computes what is there: tried the first times that its site is met (Rule 10)."""
     trials = _trials.get(site, 0)
     if trials < 0:
         return False
-    if trials and (found.named or trials >= TRUSTED or found.shows(base)) and not any(map(is_doubtful, found.names)):
+    if _is_trusted(site, step, base, found):
         return True
     if is_capturing(base.device):
         return False
-    known = _computes(run, step, base)
+    known = _computes(shared, step, base)
     if len(_trials) > 4096:
         _trials.clear()
     _trials[site] = trials + 1 if known else -1
     return known
 
 
-def _computes(run: Run, step: _Step, base: Tensor) -> bool:
+def _computes(shared: Shared, step: _Step, base: Tensor) -> bool:
     if is_capturing(base.device):
         return False
-    before = run.rebuilt
+    passes = shared.passes
+    before = passes.rebuilt
     try:
         return torch.equal(_plainly(step), base)
     except RuntimeError:  # of half-precision complex numbers few operations are implemented; a source has been changed
         return False
     finally:
-        run.purge(since=before)  # what was recomputed for it; a rebuild may be under way that needs the rest
+        passes.purge(since=before)  # what was recomputed for it; a rebuild may be under way that needs the rest
 
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from ..registry import ACTIVE
-from ..storage import is_opaque, version_of
+from ..storage import is_near, is_opaque, version_of
 from .arguments import Arguments, runs_out
 from .branch import CallState
+from .evidence import rotation
 from .frame import ARGUMENT, NEWEST, REMEDIES, RUNS_OUT, Frame
 from .local import Give, packer, saving_to, surrounding
 from .objects import Objects
 from .plan import Facts, facts_of
-from .sketch import Sketch
+from .sketch import Elements, Sketch, some_places
 from .slots import Slots
 from .tail import Tail
 from .tree import leaves_of
@@ -136,16 +137,18 @@ class ReplayFrame(Frame):
     """
 
     compares = True
+    turns = rotation
 
     def __init__(self, run: Run, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region
-        self.slots = run.slots(self, 0, region.facts, replayed=True)
+        self.slots = run.slots(self, 0, replayed=True)
         around = packer()
         self.nested = around is not None and around.inside
         self.exact = around is None or around.exact
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
+        self._elements: dict[int, Elements] = {}  # the same of some of it
         self._tail: Tail | None = None  # before which a replay ends
         self._given = 0  # bytes of its arguments
         self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
@@ -167,8 +170,9 @@ class ReplayFrame(Frame):
             tensors += objects.tensors()
         versions = [version_of(tensor) for tensor in tensors]
         self.state = CallState(self, self.region.roots, self.region.facts, owned=self.region.owned)
-        with saving_to(self.slots, self, self.facts), self.state.watched():
+        with saving_to(self.slots, self), self.state.watched():
             output = original(*args, **kwargs)
+        self.slots.close(self, self.facts, _key_of(tensors), output)
         self.state.finish(self.moved)
         self.end([self.state])
         if self.state.surprise:
@@ -196,13 +200,41 @@ class ReplayFrame(Frame):
         if not self.slots.intact():
             self.keep("a tensor that it saved was changed in place")
             return
-        if self.run.guard.mode != "off" and not self.captured:
-            self._sketch = Sketch(self.slots.there())
+        self._take_evidence()
         if self._early_stop:
             self._tail = Tail(self.slots, self.run.ledger, self._given // _SHARE)
         self.released = True
+        self.learn_to_go()
         self.state.remember(self.slots)
         self.slots.release()
+
+    def hold(self) -> None:
+        """Keep what it saved."""
+        self.slots.hold()
+
+    def _take_evidence(self) -> None:
+        """In the first calls of all that it saved, then of some."""
+        if self.run.guard.mode == "off" or self.captured:
+            return
+        if self.first:
+            self._sketch = Sketch(self.slots.there())
+        elif self.checked or is_near(self.device):
+            self._elements = some_places(self.slots.there(), self.facts.calls, 2 if is_near(self.device) else 1)
+
+    def _compare_evidence(self) -> None:
+        there = self.slots.there() if self._sketch is not None or self._elements else []
+        pairs = Sketch(there).differences(self._sketch) if self._sketch is not None else []
+        for place, tensor in there if self._elements else ():
+            before = self._elements.get(place)
+            now = None if before is None else (tensor if isinstance(tensor, Elements) else Elements(tensor)).values
+            if before is not None and now is not None and now.shape == before.values.shape:
+                pairs.append((now, before.values))
+        for rebuilt, original in pairs:
+            self.check_replay(rebuilt, original, lambda: self.label)
+
+    def all_slots(self) -> tuple[Slots]:
+        """They are one."""
+        return (self.slots,)
 
     def sources(self) -> list[Value]:
         """None: it starts from its arguments."""
@@ -211,6 +243,7 @@ class ReplayFrame(Frame):
     def rebuild(self, slots: Slots, *, transient: bool) -> None:
         """Run the function again, until all is there."""
         self.state.check(self.label)
+        self.slots.check_outputs()
         args, kwargs = self.held.again(self.label)
         self.run.replays.add(self)
 
@@ -234,9 +267,7 @@ class ReplayFrame(Frame):
                 self.look_again()
                 problem.add_note(f"It came from the replay of {self.label}; its call in forward did not raise it.")
             raise
-        if self._sketch is not None:
-            for rebuilt, original in Sketch(self.slots.there()).differences(self._sketch):
-                self.check_replay(rebuilt, original, lambda: self.label)
+        self._compare_evidence()
 
     def supply(self) -> None:
         """Nothing before it depends on it."""
@@ -262,6 +293,11 @@ class ReplayFrame(Frame):
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
             yield why, self.label, saved
+
+
+def _key_of(tensors: list[Tensor]) -> object:
+    """What the same call mostly saves the same for."""
+    return tuple([None if is_opaque(t) else (t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors])
 
 
 def _outer_save() -> Callable[[Tensor], Give] | None:

@@ -9,47 +9,42 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import FallbackWarning, explain
 from ..generators import RngTracker
-from ..kinds import without_graph
 from ..nn.coupling import Coupling
-from ..ops import Source
 from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
-from ..storage import Geometry, Held, Ledger, is_leaf, is_opaque, storage_key
-from ..tracing import is_traced, untraced
+from ..storage import is_opaque, storage_key
+from ..tracing import is_traced
 from .arguments import runs_out
-from .budget import Budget
-from .codes import code_of, is_unshared
 from .coupling import CouplingFrame
-from .frame import NEWEST, ORDINARY, REMEDIES, Frame
-from .guard import Guard
-from .handle import LeafHandle, ViewHandle
+from .frame import ORDINARY, REMEDIES, Frame
 from .interpose import has_registered_parts
 from .lean import LeanSlots
-from .local import Packer, packer, pop_hooks, push_hooks, surrounding, unpack
-from .offload import HeldAway, Offload, Parked
+from .local import packer, pop_hooks, push_hooks, surrounding, unpack
+from .newest import Newest
 from .opaque import OpaqueFrame
-from .plan import Facts, Fallback, Predicate
-from .recipe import SMALL, Recipe, note_output, recipe_of
+from .packing import Packing
+from .passes import NO_PASS, current_pass, is_retained
+from .plan import Fallback, Predicate
 from .replay import FunctionModule, Region, ReplayFrame
+from .shared import Shared
 from .slots import Slots
 from .transforms import make_room
 from .tree import leaves_of
-from .value import Value, Values
+from .whole import FITS, WholeCalls
 
 __all__ = ["Run"]
 
 
-class Run(Packer):
+class Run(Packing):
     """State of one ``with reversible():``.
 
     Frames are held by handles in the graph, never by the run: nothing outlives the graph.
@@ -61,37 +56,46 @@ class Run(Packer):
         guard: str = "fallback",
         keep: Predicate | None = None,
         replay: Predicate | None = None,
+        by_predicate: bool = False,
+        spec: object = (),
         ops: bool = False,
         budget: float = 0.0,
         offload: bool = False,
     ) -> None:
         make_room()
-        self.guard = Guard(guard)
-        self.ledger = Ledger()
-        self.budget = Budget(self.ledger, budget)
+        shared = Shared(guard=guard, ops=ops, budget=budget, offload=offload)
+        super().__init__(shared)
+        self.guard, self.ledger, self.budget, self.passes = shared.guard, shared.ledger, shared.budget, shared.passes
+        self.at_end = shared.passes.at_end
         self.rng = RngTracker()
         self.marks: object = None  # where the generators were when a frame last looked
-        self.values: Values = {}
         self.inversions = _Counter()
         self.replays = _Counter()
         self.second_evaluations = 0
-        self.place: Callable[[], str] | None = None  # says where in the model a tensor is saved
         self._keep = keep
         self._replay = replay
-        self._ops = ops
-        self._offload = Offload(self.ledger) if offload else None
         self._count = 0
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
         self._lock = threading.RLock()
-        self._to_purge: list[weakref.ref[Any]] = []
-        self._rebuilding: list[Frame] = []
-        self._task = -1  # the latest backward pass with something to do at its end
-        self._queued: set[str] = set()
         self._name_of: Callable[[nn.Module], str] | None = None
         self._saw_named = False  # a block that is to be replayed
-        self._saw_compiled = False  # the output of a compiled graph
+        self._saw_compiled = False
+        self._latest: weakref.ref[Frame] | None = None  # frame that was opened
+        self._newest: Newest | None = None
+        self._by_predicate = by_predicate
+        self.options = (ops, budget > 0, keep is None, spec if isinstance(spec, (type, tuple)) else id(spec))
+        self._wholes = WholeCalls(self) if WholeCalls.serve(shared) else None
 
-    unpack = unpack  # the unpack hook, of a Source
+    def begin_pass(self) -> None:
+        """Backward begins."""
+        super().begin_pass()
+        if self._replay is not None and not self._saw_named:
+            self._sees_compiled()
+        latest = self._latest() if self._latest is not None else None
+        if latest is not None and not self.budget.limit:
+            self._newest = Newest(latest, self.ledger)
+        if self._wholes is not None:
+            self._wholes.learn(self)
 
     @property
     def owner(self) -> Run:
@@ -146,14 +150,19 @@ class Run(Packer):
 
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._frames.add(frame)
+        self._latest = weakref.ref(frame)
         late = not isinstance(frame, CouplingFrame) and frame.facts.writes_input  # whose streams are its own
         if not late:
             self.budget.make_room_for_block()
         before = self.ledger.held
-        result = frame.call(original, args, kwargs)
+        result = _called(frame, original, args, kwargs)
         if late:  # it may have changed the output of the block before it, which is then kept
             self.budget.make_room_for_block()
-        self.budget.add_frame(frame, self.ledger.held - before)
+        if not frame.stays:
+            frame.release()
+        if not frame.released:
+            frame.hold()
+            self.budget.add_frame(frame, self.ledger.held - before)
         return result
 
     def replay(self, region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,11 +176,27 @@ class Run(Packer):
         self._count += 1
         frame = ReplayFrame(self, region)
         self._frames.add(frame)
-        result = frame.call(region.call, args, kwargs)
+        result = _called(frame, region.call, args, kwargs)
         if not inside and late:
             self.budget.make_room_for_block()
         frame.release()
+        if not frame.released:
+            frame.hold()
         return result
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call any module, by its class's ``__call__``: it may be named by a predicate, or be left as it is as a whole."""
+        if self._wholes is None:
+            return self._call_if_named(original, module, args, kwargs)
+        call = functools.partial(self._call_if_named, original, module)
+        return self._wholes.call(lambda *a, **k: call(a, k), module, args, kwargs)
+
+    def _call_if_named(
+        self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._by_predicate:
+            return self.call_named(original, module, args, kwargs)
+        return original(module, *args, **kwargs)
 
     def call_named(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module that is to be replayed, if its user has named it; the newest stays until the next one opens.
@@ -189,8 +214,9 @@ class Run(Packer):
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)
 
     def close(self) -> None:
-        """At the end of its context: warn if the blocks that are to be replayed are parts of a compiled graph."""
-        if self._replay is not None and self._saw_compiled and not self._saw_named:
+        """At the end of its context: read what devices have told; warn if blocks to be replayed are parts of a compiled graph."""
+        self.guard.land(wait=self.passes.count > 1)
+        if self._replay is not None and not self._saw_named and self._sees_compiled():
             warnings.warn(
                 explain(
                     "replay=",
@@ -201,6 +227,11 @@ class Run(Packer):
                 FallbackWarning,
                 stacklevel=3,
             )
+
+    def _sees_compiled(self) -> bool:
+        """Whether the output of a compiled graph was saved."""
+        self._saw_compiled |= any(handle.kind.__name__ == "CompiledFunctionBackward" for handle in self.ledger.handles)
+        return self._saw_compiled
 
     def _shadowed(self) -> bool:
         """Whether what is saved goes elsewhere: into a frame, or to hooks of others, as in `torch.utils.checkpoint`."""
@@ -216,202 +247,51 @@ class Run(Packer):
         """Call blocks by their module paths."""
         self._name_of = name_of
 
-    def pack(self, tensor: Tensor) -> Source:
-        """The pack hook."""
-        if torch._C._is_tracing():  # as is_traced, at each saved tensor
-            with untraced():
-                return self.pack(tensor)
-        if type(tensor) is not Tensor or is_leaf(tensor) or is_opaque(tensor):
-            return LeafHandle(tensor)
-        unshared = self._ops and tensor.grad_fn is None and tensor.nbytes >= SMALL and is_unshared(tensor) and not tensor.__dict__
-        return self._pack_value(tensor, unshared=unshared)
-
-    def _pack_value(self, tensor: Tensor, *, unshared: bool) -> Source:
-        """A tensor saved outside any frame."""
-        reference = self.values.get(tensor.untyped_storage()._cdata)
-        value = reference() if reference is not None else None
-        if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
-            base = tensor if tensor._base is None else tensor._base
-            value = self._new_value(tensor, base, unshared=unshared)
-            if base is tensor:
-                return value
-        else:
-            if self._ops and not value.pinned and Geometry.of(tensor) == value.geometry:
-                note_output(tensor, value)
-            _look_again(value, tensor)
-        value.pin(tensor)
-        value.count_packed()
-        return _in_memory_of(value, tensor)
-
-    def pack_inside(self, tensor: Tensor, slots: LeanSlots, what: str) -> Source:
-        """A tensor saved in a frame that recomputes what cheap operations make; the frame counts its bytes."""
-        if is_opaque(tensor) or is_leaf(tensor):
-            return LeafHandle(tensor)
-        reference = slots.values.get(tensor.untyped_storage()._cdata)
-        value = reference() if reference is not None else None
-        if value is None or value.dtype != tensor.dtype or value.version != tensor._version:
-            base = tensor if tensor._base is None else tensor._base
-            whole = tensor.nbytes >= SMALL and _covers(base, tensor)
-            value = Value(self, base if whole else tensor, NEWEST, what, slots.values)
-            value.maker = type(tensor.grad_fn)
-            value.pinned = True
-            if whole:
-                value.recipe = recipe_of(self, base, what, slots)
-                self._let_go(value)
-                note_output(base, value)
-        else:
-            _look_again(value, tensor)
-        return _in_memory_of(value, tensor)
-
-    def _let_go(self, value: Value) -> None:
-        """Of a Value that can come back: now, or when the budget needs the room."""
-        if value.recipe is not None:
-            if self.budget.limit:
-                self.budget.add_value(value)
-            else:
-                value.release()
-
-    def slots(self, frame: Frame, position: int, facts: Facts, *, replayed: bool = False) -> Slots:
+    def slots(self, frame: Frame, position: int, *, replayed: bool = False) -> Slots:
         """Slots for a stretch of a frame; where it may stay for long, or is run again, they hold what recipes start from only."""
-        lean = self._ops and (replayed or self.budget.limit > 0)
-        return LeanSlots(frame, position, facts) if lean else Slots(frame, position)
-
-    def _new_value(self, tensor: Tensor, base: Tensor, *, unshared: bool) -> Value:
-        """What lies in the tensor's memory; let go of at once, where a recipe brings it back."""
-        place = self.place() if self.place is not None else "ordinary layers"
-        plain = (
-            (not self._ops and self._offload is None)
-            or tensor.nbytes < SMALL
-            or tensor.is_meta
-            or self.budget.limit == math.inf
-            or not _covers(base, tensor)
-        )
-        value = Value(self, tensor if plain else base, ORDINARY, place)
-        value.maker = type(tensor.grad_fn)
-        if value.maker.__name__ == "CompiledFunctionBackward":
-            self._saw_compiled = True
-        value.pinned = True
-        value.count_packed()
-        if plain:
-            return value
-        code = code_of(tensor, place) if unshared and base is tensor else None
-        if code is not None:
-            value.encode(code)
-            return value
-        if self._ops and not unshared:
-            value.recipe = recipe_of(self, base, place)
-        if value.recipe is None and self._offload is not None and self._offload.takes(base):
-            value.recipe = Parked(self._offload)
-        self._let_go(value)
-        note_output(base, value)
-        return value
-
-    def hold(self, tensor: Tensor) -> Held | HeldAway:
-        """Hold what a frame needs in backward."""
-        if self._offload is not None and self._offload.takes(tensor) and not is_leaf(tensor) and not tensor.is_inference():
-            return HeldAway(self._offload, tensor.detach())
-        return Held(self.ledger, without_graph(tensor))  # Rule 2
-
-    def found(self, tensor: Tensor) -> Value | None:
-        """The Value that lies in the tensor's storage (Rule 3)."""
-        reference = self.values.get(storage_key(tensor))
-        return reference() if reference is not None else None
-
-    def output_value(self, tensor: Tensor) -> Value | None:
-        """The Value that ``tensor`` is, if it is a frame's output and nothing else needs it."""
-        value = None if is_opaque(tensor) else self.found(tensor)
-        if value is None or value.pinned or value.consumer is not None or value.dtype != tensor.dtype:
-            return None
-        if value.version != tensor._version or value.geometry != Geometry.of(tensor):
-            return None
-        return value if value.geometry.dense else None
+        lean = self.shared.ops and (replayed or self.budget.limit > 0)
+        return LeanSlots(frame, position, stays=frame.stays) if lean else Slots(frame, position)
 
     # -- backward
 
     def rebuild(self, frame: Frame, slots: Slots, index: int) -> Tensor:
         """Fill a slot that was released, and read it."""
+        self.reading()
         around = surrounding()  # torch may have another thread work for a replay, which has the lock
         lock = contextlib.nullcontext() if around is not None and around.replaying and around.owner is self else self._lock
         with lock, _Aside(self):
             if slots.tensors[index] is None:
-                transient = _graph_is_retained()
+                transient = is_retained()
                 if transient:
-                    self.purge_later(frame)
+                    self.passes.purge(reached=frame.ordinal)
+                    self.passes.purge_later(frame, frame.ordinal)
                 self._rebuild(frame, slots, transient=transient)
+                if self._newest is not None and self._newest.compare(frame.ordinal):
+                    self._newest = None
             tensor = slots.read(index)
-            if _outside_backward() and not self._rebuilding:
-                self.purge()
+            if current_pass() == NO_PASS and not self.passes.rebuilding:
+                self.passes.purge()
             return tensor
 
     def _rebuild(self, frame: Frame, slots: Slots, *, transient: bool) -> None:
-        """Rebuild, and leave the generators where they are even if a branch seeds them."""
-        marks = self.rng.torch_marks(frame.device)
-        generators = self.rng.torch_state(frame.device, marks)
-        self._rebuilding.append(frame)
+        """Rebuild, and leave the generators where they are even if a branch seeds them, which its calls have shown."""
+        marks = self.rng.torch_marks(frame.device) if frame.draws else None
+        generators = self.rng.torch_state(frame.device, marks) if frame.draws else None
+        self.passes.rebuilding.append(frame)
         try:
             frame.rebuild(slots, transient=transient)
         finally:
-            self._rebuilding.pop()
-            if self.rng.torch_marks(frame.device) != marks:
+            self.passes.rebuilding.pop()
+            if generators is not None and self.rng.torch_marks(frame.device) != marks:
                 generators.restore()
 
     def reading_kept(self, frame: Frame) -> None:
         """Backward has come to a frame that was never released: it needs no output to be rebuilt from."""
-        if not _graph_is_retained():
+        self.reading()
+        if frame.stays and not frame.open:
+            frame.facts.learn_stays(self.budget.limit, True)
+        if not is_retained():
             frame.forget_outputs()
-
-    def purge_later(self, rebuilt: Frame | Value) -> None:
-        """Drop what was rebuilt when the present backward pass, whose graph is retained, has ended.
-
-        When the pass has come to a frame, the frames after it go, and what recipes gave. A pass goes back, so that they are
-        hardly needed again.
-        """
-        if isinstance(rebuilt, Frame):
-            self.purge(rebuilt)
-        self._to_purge.append(weakref.ref(rebuilt))
-        self.at_end(self.purge)
-
-    def at_end(self, callback: Callable[[], None]) -> bool:
-        """Call ``callback`` at the end of the present backward pass; ``False`` outside of one."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return False
-        if task != self._task:
-            self._task, self._queued = task, set()
-        if callback.__qualname__ not in self._queued:
-            try:
-                Variable._execution_engine.queue_callback(callback)
-            except RuntimeError:  # a pass that only records itself, to be compiled, runs to no end
-                return False
-            self._queued.add(callback.__qualname__)
-        return True
-
-    @property
-    def rebuilt(self) -> int:
-        """How many things `purge` would look at."""
-        return len(self._to_purge)
-
-    def purge(self, reached: Frame | None = None, *, since: int = 0) -> None:
-        """Drop what was rebuilt for one pass only: all of it, or what is over for a pass that has reached a frame.
-
-        Args:
-            reached: that frame.
-            since: leave as many alone that were rebuilt first.
-        """
-        self._to_purge, pending = self._to_purge[:since], self._to_purge[since:]
-        for reference in pending:
-            rebuilt = reference()
-            if rebuilt is not None and reached is not None and not self._is_over(rebuilt, reached):
-                self._to_purge.append(reference)
-            elif isinstance(rebuilt, Frame):
-                rebuilt.purge()
-            elif rebuilt is not None:
-                rebuilt.release()
-
-    def _is_over(self, rebuilt: Frame | Value, reached: Frame) -> bool:
-        if isinstance(rebuilt, Frame):
-            return rebuilt.ordinal > reached.ordinal and rebuilt not in self._rebuilding
-        return rebuilt.recipe is not None  # else a frame before needs it
 
     def fallback(self, frame: Frame, key: object, step: int) -> Fallback:
         """Keeps a step of a frame, or the frame, from the next call on. It holds neither: it may be called when both are gone."""
@@ -440,11 +320,17 @@ class Run(Packer):
 
     @property
     def stats(self) -> Stats:
-        """What the run did, and what it holds now."""
+        """What the run did, and what it holds now.
+
+        Raises:
+            RevhooksError: a device tells now that something in an earlier step was not what it was.
+        """
+        self.guard.land(wait=True)
         ledger = self.ledger
+        held = ledger.all_held
         return Stats(
             packed_bytes=ledger.peak_packed,
-            held_bytes=ledger.held,
+            held_bytes=held,
             peak_held_bytes=ledger.peak_held,
             frames=self._count,
             inversions=self.inversions.count,
@@ -458,17 +344,38 @@ class Run(Packer):
 
     def _kept(self) -> list[Kept]:
         """What is held now, by reason and place, each storage once, largest first."""
-        holders: list[Frame | Value | None] = [*self._frames, *(reference() for reference in self.values.values())]
         kept: dict[tuple[str, str, str], int] = {}
         seen: set[int] = set()
-        for holder in holders:
-            op = holder.op if isinstance(holder, Value) else ""
-            for why, what, tensor in holder.report() if holder is not None else ():
-                if not is_opaque(tensor) and storage_key(tensor) not in seen:
-                    seen.add(storage_key(tensor))
-                    kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
+        for why, what, op, tensor in self._holdings():
+            if not is_opaque(tensor) and storage_key(tensor) not in seen:
+                seen.add(storage_key(tensor))
+                kept[why, what, op] = kept.get((why, what, op), 0) + tensor.untyped_storage().nbytes()
+        for what, nbytes in self._wholes.report() if self._wholes is not None else ():
+            kept[FITS, what, ""] = kept.get((FITS, what, ""), 0) + nbytes
         largest_first = sorted(kept.items(), key=lambda item: -item[1])
         return [Kept(why, what, nbytes, op, REMEDIES.get(why, "")) for (why, what, op), nbytes in largest_first]
+
+    def _holdings(self) -> Iterator[tuple[str, str, str, Tensor]]:
+        """Why, of what, made by which operation, and the tensor."""
+        for frame in list(self._frames):
+            for why, what, tensor in frame.report():
+                yield why, what, "", tensor
+        for value in [reference() for reference in self.values.values()]:
+            for why, what, tensor in value.report() if value is not None else ():
+                yield why, what, "", tensor
+        for handle in self.ledger.handles:
+            op = "none with a gradient" if handle.kind is type(None) else handle.kind.__name__.removesuffix("Backward0")
+            for tensor in handle.report():
+                yield ORDINARY, handle.what, op, tensor
+
+
+def _called(frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a frame's call; one that fails leaves no graph in its slots."""
+    try:
+        return frame.call(original, args, kwargs)
+    except BaseException:
+        frame.hold()
+        raise
 
 
 def _is_fit(leaves: list[Any]) -> bool:
@@ -486,36 +393,6 @@ def _is_in_another(module: nn.Module) -> bool:
     around = packer()
     frame = around.frame if around is not None else None
     return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
-
-
-def _look_again(value: Value, tensor: Tensor) -> None:
-    """Of what is saved once more and was let go of: hold it as it is now, if it is not what it was."""
-    recipe = value.recipe
-    if isinstance(recipe, Recipe) and not value.held and not recipe.is_of(torch.as_strided(tensor.detach(), *value.geometry)):
-        value.recipe = None
-        value.pin(tensor)
-
-
-def _in_memory_of(value: Value, tensor: Tensor) -> Source:
-    """A handle to a tensor that lies in the memory of a Value.
-
-    The object that it is comes back if it needs no gradient and costs no memory, or carries attributes.
-    """
-    geometry = Geometry.of(tensor)
-    if not tensor.requires_grad and (value.recipe is None or tensor.__dict__):
-        return value if value.is_made_of(tensor) else ViewHandle(value, geometry, tensor)
-    return value if geometry == value.geometry else ViewHandle(value, geometry)
-
-
-def _covers(base: Tensor, tensor: Tensor) -> bool:
-    """Whether ``base`` is all that lies in the tensor's memory."""
-    return (
-        not base.is_meta
-        and base.nbytes == base.untyped_storage().nbytes()
-        and base.dtype is tensor.dtype
-        and (base is tensor or (not is_opaque(base) and storage_key(base) == storage_key(tensor)))  # ``.data`` may be another's
-        and (base.is_contiguous() or Geometry.of(base).dense)
-    )
 
 
 class _WithoutModule:
@@ -569,13 +446,3 @@ class _Aside:
         torch._C._set_grad_enabled(self._grad)
         if self._inside:
             pop_hooks()
-
-
-def _graph_is_retained() -> bool:
-    """Whether what is rebuilt now may be asked for again: retain_graph, or no backward at all."""
-    return _outside_backward() or bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
-def _outside_backward() -> bool:
-    """Whether a saved tensor is read outside any backward pass."""
-    return torch._C._current_graph_task_id() == -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..projection import projection
 from ..storage import is_near
 from .guard import is_measured
 
-__all__ = ["Elements", "Sketch", "some_of"]
+__all__ = ["Elements", "Sketch", "some_of", "some_places"]
 
 ELEMENTS = 32  # of each tensor
 
@@ -83,6 +83,22 @@ class Sketch:
                     end = nothing * part.numel() ** 0.5
                     pairs.append((torch.cat([part, end]), torch.cat([parts[place], end])))
         return pairs
+
+
+def some_places(tensors: Sequence[tuple[int, Tensor | Elements]], turn: int, count: int) -> dict[int, Elements]:
+    """Elements of one or two of the tensors: the last large one, to which faults before it lead, and any by turns."""
+    measured = [(place, t) for place, t in tensors if isinstance(t, Elements) or (is_measured(t) and is_allocated(t))]
+    most = max((t.numel() for _, t in measured if isinstance(t, Tensor)), default=0)
+    large = [(place, t) for place, t in measured if isinstance(t, Elements) or t.numel() * _LARGE >= most]
+    if not large:
+        return {}
+    chosen = [large[-1], large[turn % len(large)]]
+    if count == 1:
+        chosen = [chosen[turn % 2]]
+    return {place: t if isinstance(t, Elements) else Elements(t) for place, t in chosen}
+
+
+_LARGE = 16  # statistics, smaller than that part, may be all rounding
 
 
 def _next_to_nothing(elements: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import ModifiedError, ReplayError, explain
 from ..kinds import without_graph
-from ..ops import Source
-from ..storage import is_leaf, is_opaque, is_parameter, version_of
+from ..saved import Source, modified
+from ..storage import is_leaf, is_opaque, is_parameter, storage_key, version_of, version_probe
 from ..streams import follow, stream_of
 from .guard import is_again
 from .handle import SlotHandle
 from .local import EnoughError, Filling, pop_hooks, push_hooks
-from .value import modified
+from .tree import leaves_of
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -27,30 +27,63 @@ if TYPE_CHECKING:
     from .statistics import Statistics
     from .tail import Tail
 
-__all__ = ["ALONE", "DEAD", "EnoughError", "Slots", "kind_of", "looks_of"]
+__all__ = ["ALONE", "DEAD", "EnoughError", "Foreseen", "Slots", "kind_of", "looks_of"]
 
 _T = TypeVar("_T")
 _Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 _Expected = tuple[_Looks, bool] | int  # what a slot looks like and whether it lies in the frame's input; of a passed one its key
 
+_SHAPES = 16  # for which it is remembered what calls of one piece of code save
 ALONE, DEAD = -1, -2  # in place of looks: a tensor that is left alone, one that nobody can ask for any more
+
+
+class Foreseen:
+    """What one call has saved, as the next ones will: then only what differs has to be looked for.
+
+    Attributes:
+        looks: of each tensor, whether it lies in the frame's input; of a passed one its storage's key.
+        alive: whether it is brought back by a replay.
+        kinds: `kind_of` each.
+        live: how many are brought back.
+        packed: bytes that plain autograd would hold for them, and for no slots of the frame before.
+        rebuilt: bytes that they take when they are brought back.
+        saves_input: whether one lies in the frame's input.
+        outputs: which lie in the memory of what the call returned.
+    """
+
+    __slots__ = ("alive", "kinds", "live", "looks", "outputs", "packed", "rebuilt", "saves_input")
+
+    def __init__(self) -> None:
+        self.looks: list[_Expected] = []
+        self.alive = bytearray()
+        self.kinds = bytearray()
+        self.live = 0
+        self.packed = 0
+        self.rebuilt = 0
+        self.saves_input = False
+        self.outputs: tuple[int, ...] = ()
 
 
 class Slots:
     """What one stretch of code saved: a branch, or the glue around branches.
 
-    In forward `save` takes the tensors and `close` looks at them; a replay of the same code, run by `fill`,
-    saves them again (Rule 9). Parameters, buffers, other leaves and opaque tensors are *passed*: never let go of.
+    In forward `save` takes the tensors and `close` looks at them. Then they are let go of, if earlier calls have shown that
+    they will be before backward comes, or held (`hold`). A replay of the same code, run by `fill`, saves them again (Rule 9).
+    Parameters, buffers, other leaves and opaque tensors are *passed*: they are never let go of.
     """
 
     __slots__ = (
         "_alive",
+        "_bulk",
         "_frame",
         "_keys",
-        "_leaves",
+        "_kinds",
         "_ledger",
         "_looks",
+        "_outputs",
         "_packed",
+        "_raw",
+        "_rebuilt",
         "_versions",
         "asked",
         "live",
@@ -66,10 +99,14 @@ class Slots:
         self._ledger = frame.run.ledger
         self._alive = bytearray()  # whether the handle may still ask
         self._versions: list[int] = []  # of what is there now
-        self._leaves = bytearray()
+        self._kinds = bytearray()
         self._looks: list[_Expected] = []
-        self._keys: list[int] = []  # of the storages that the ledger counts; 0 for none
+        self._keys: list[int] = []  # of the storages that the ledger counts one by one; 0 for none
+        self._bulk = 0  # bytes that it counts for all
         self._packed = 0  # bytes that plain autograd would hold
+        self._rebuilt = 0  # bytes that they take when they are brought back
+        self._raw = True  # while the call runs what is there still has its graph
+        self._outputs: list[tuple[Tensor, int]] = []  # version counters of what was returned, and what they said
         self.asked = False  # whether forward itself has read one of them: it took a gradient
         self.live = 0  # handles of slots that are not passed
         self.position = position
@@ -88,46 +125,94 @@ class Slots:
     def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
         """Pack a tensor that was saved during forward."""
         tensors = self.tensors
-        self._leaves.append(kind_of(tensor))
-        if type(tensor) is Tensor:
-            tensors.append(tensor.detach() if tensor.requires_grad else tensor)  # Rule 2
-            self._versions.append(tensor._version)
-        else:
-            tensors.append(without_graph(tensor))
-            self._versions.append(version_of(tensor))
+        tensors.append(tensor)
+        self._versions.append(tensor._version if type(tensor) is Tensor else version_of(tensor))
         return SlotHandle(frame, self, len(tensors) - 1)
 
-    def close(self, frame: Frame, facts: Facts) -> None:
-        """After the code has run: tell what is passed, and what a replay has to save again."""
-        leaves, external, inputs, packed = self._leaves, frame.external, frame.input_keys, frame.packed
-        looks, keys, alive, hold = self._looks, self._keys, self._alive, self._ledger.hold
-        nbytes = 0
+    def close(self, frame: Frame, facts: Facts, key: object, output: Any = None) -> None:
+        """After the code has run: tell what is passed, and what a replay has to save again.
+
+        Args:
+            frame: whose they are.
+            facts: of the code.
+            key: calls with the same one mostly save the same.
+            output: what it returned.
+        """
+        foreseen = facts.foreseen.get((self.position, key))
+        if foreseen is None or not self._is_as(foreseen, frame):
+            if len(facts.foreseen) > _SHAPES:
+                facts.foreseen.clear()
+            foreseen = facts.foreseen[self.position, key] = self._look(frame, output)
+        self._looks, self._kinds = foreseen.looks, foreseen.kinds
+        self._alive = bytearray(foreseen.alive)
+        self.live = foreseen.live
+        self._rebuilt = foreseen.rebuilt
+        frame.saves_input |= foreseen.saves_input
+        self._outputs = [(version_probe(self.tensors[index]), self._versions[index]) for index in foreseen.outputs]
+        self._packed = foreseen.packed
+        self._ledger.pack(foreseen.packed)
+        frame.run.note_saved(len(self.tensors))
+
+    def _is_as(self, foreseen: Foreseen, frame: Frame) -> bool:
+        """Whether what was saved is what was foreseen, and was not modified since."""
+        tensors, looks = self.tensors, foreseen.looks
+        if len(tensors) != len(looks):
+            return False
+        inputs = frame.input_keys
+        for tensor, version, look in zip(tensors, self._versions, looks, strict=True):
+            if isinstance(look, int):
+                if not _is_passed_as(tensor, look):
+                    return False
+                continue
+            expected, is_input = look
+            if tensor is None or tensor._version != version or looks_of(tensor) != expected:
+                return False
+            if is_input and tensor.untyped_storage()._cdata not in inputs:
+                return False
+        return True
+
+    def _look(self, frame: Frame, output: Any) -> Foreseen:
+        """Look at everything."""
+        found, external, inputs = Foreseen(), frame.external, frame.input_keys
+        outputs = {storage_key(t) for t in leaves_of(output) if isinstance(t, Tensor) and not is_opaque(t)}
+        own: dict[int, int] = {}
+        places = []
         for index, tensor in enumerate(self.tensors):
+            kind = 0 if tensor is None else kind_of(tensor)
+            found.kinds.append(kind)
             storage = tensor.untyped_storage() if tensor is not None and not is_opaque(tensor) else None
             key = storage._cdata if storage is not None else DEAD if tensor is None else ALONE
             is_input = key in inputs
-            if storage is None or tensor is None or (not is_input and (leaves[index] or key in external)):
-                looks.append(key)
-                keys.append(0)
-                alive.append(0)
+            if storage is None or (not is_input and (kind or key in external)):
+                found.looks.append(key)
+                found.alive.append(0)
                 continue
-            looks.append((looks_of(tensor), is_input))
-            size = storage.nbytes()
-            hold(key, size)
-            keys.append(key)
-            alive.append(1)
-            self.live += 1
-            frame.saves_input |= is_input
-            if key not in packed:
-                packed.add(key)
-                nbytes += size
-        if looks == facts.looks:  # as in nearly every call
-            self._looks = facts.looks  # type: ignore[assignment]
-        else:
-            facts.looks = looks  # type: ignore[assignment]
-        if nbytes:
-            self._packed = nbytes
-            self._ledger.pack(nbytes)
+            found.looks.append((looks_of(tensor), is_input))
+            found.alive.append(1)
+            found.saves_input |= is_input
+            if key in outputs:
+                places.append(index)
+            own[key] = storage.nbytes()
+        found.live = sum(found.alive)
+        found.outputs = tuple(places)
+        found.rebuilt = sum(size for key, size in own.items() if key not in inputs)
+        found.packed = sum(size for key, size in own.items() if key not in frame.packed)
+        frame.packed.update(own)
+        return found
+
+    def hold(self) -> None:
+        """Hold what was saved until backward comes, or the next block opens: without its graph (Rule 2)."""
+        if not self._raw:
+            return
+        self._raw = False
+        self._keys = keys = [0] * len(self.tensors)
+        hold = self._ledger.hold_tensor
+        for index, tensor in enumerate(self.tensors):
+            if tensor is None:
+                continue
+            self.tensors[index] = kept = without_graph(tensor)
+            if index < len(self._alive) and self._alive[index]:
+                keys[index] = hold(kept)
 
     # -- handles
 
@@ -143,27 +228,42 @@ class Slots:
         version = tensor._version if type(tensor) is Tensor else version_of(tensor)
         if version != self._versions[index]:
             raise self._modified(index, tensor)
+        if tensor.requires_grad:
+            return without_graph(tensor)
         if self.stream is not None:
             follow(tensor, self.stream)
-        if self.transient and self._keys[index]:
-            self._ledger.drop(self._keys[index])
-            self.tensors[index] = None
+        if self.transient and self._alive[index]:
+            self._forget(index)
         return tensor
+
+    def _forget(self, index: int) -> None:
+        if self._keys and self._keys[index] and self.tensors[index] is not None:
+            self._ledger.drop(self._keys[index])
+        self.tensors[index] = None
 
     def kill(self, index: int) -> None:
         """The handle of a slot has died."""
-        tensors = self.tensors
         if index >= len(self._alive) or not self._alive[index]:  # not closed yet, or passed
-            tensors[index] = None
+            self.tensors[index] = None
             return
-        if tensors[index] is not None:
-            self._ledger.drop(self._keys[index])
-            tensors[index] = None
+        self._forget(index)
         self._alive[index] = 0
         self.live -= 1
         if not self.live:
+            self._count_bulk(0)
             self._ledger.packed -= self._packed
             self._packed = 0
+
+    def _count_bulk(self, nbytes: int) -> None:
+        """What was brought back is counted as a whole until its last handle dies."""
+        if nbytes != self._bulk:
+            self._ledger.add(nbytes - self._bulk)
+            self._bulk = nbytes
+
+    @property
+    def rebuilt_bytes(self) -> int:
+        """What they take when they are brought back."""
+        return self._rebuilt
 
     @property
     def packed_bytes(self) -> int:
@@ -207,19 +307,26 @@ class Slots:
     def entry(self, index: int) -> Tensor:
         """The tensor that is held at a place."""
         entry = self.tensors[index]
-        return entry.get() if isinstance(entry, Source) else entry
+        return entry.get() if isinstance(entry, Source) else without_graph(entry)
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
-        return [tensor for tensor, key in zip(self.tensors, self._keys, strict=False) if key and tensor is not None]
+        return [tensor for tensor, alive in zip(self.tensors, self._alive, strict=False) if alive and tensor is not None]
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
-        tensors, drop = self.tensors, self._ledger.drop
-        for index, key in enumerate(self._keys):
-            if key and tensors[index] is not None:
-                drop(key)
-                tensors[index] = None
+        self._count_bulk(0)
+        if self._raw:
+            self._raw = False
+            rest = zip(self.tensors, self._alive, self._kinds, strict=True)
+            self.tensors = [
+                None if tensor is None or alive else tensor if kind else without_graph(tensor) for tensor, alive, kind in rest
+            ]
+            return
+        for index, alive in enumerate(self._alive):
+            if alive:
+                self._forget(index)
+        self._keys = []
 
     def intact(self) -> bool:
         """Whether no saved tensor was modified in place since; if one was, its backward must raise."""
@@ -227,9 +334,24 @@ class Slots:
 
     def _damaged(self) -> int | None:
         for index, tensor in enumerate(self.tensors):
-            if tensor is not None and self._keys[index] and tensor._version != self._versions[index]:
+            if (
+                tensor is not None
+                and index < len(self._alive)
+                and self._alive[index]
+                and tensor._version != self._versions[index]
+            ):
                 return index
         return None
+
+    def check_outputs(self) -> None:
+        """Raise if what was saved, and returned, was modified since.
+
+        Raises:
+            ModifiedError: it was (Rule 8).
+        """
+        for probe, version in self._outputs:
+            if probe._version != version:
+                raise modified(f"an output of {self._label}", probe.shape, version, probe._version)
 
     # -- replay
 
@@ -281,16 +403,11 @@ class Slots:
 
     def _accept(self, saved: list[Tensor] | list[Tensor | None]) -> None:
         self._check_count(len(saved))
-        tensors, keys = self.tensors, self._keys
-        ledger = self._ledger
+        self.release()
         for index, tensor in enumerate(saved):
-            if tensor is None:  # of a tail, and passed
-                continue
-            if self._verify(index, tensor) and self._alive[index]:
-                if tensors[index] is not None:
-                    ledger.drop(keys[index])
-                keys[index] = ledger.hold_tensor(tensor)
-                tensors[index] = tensor
+            if tensor is not None and self._verify(index, tensor) and self._alive[index]:  # of a tail, and passed: None
+                self.tensors[index] = tensor
+        self._count_bulk(self._rebuilt if self.live else 0)
         saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
 
     def _check_count(self, count: int) -> None:
@@ -311,7 +428,7 @@ class Slots:
         if is_input:  # whose version differs at replay
             self._versions[index] = version
         elif version != self._versions[index] and self._alive[index]:
-            if tensor.untyped_storage()._cdata == self._keys[index]:
+            if self._keys and tensor.untyped_storage()._cdata == self._keys[index]:
                 raise self._modified(index, tensor)
             self._versions[index] = version  # a replay has made it, and another layout of its input may take one more step
         return True
@@ -330,7 +447,7 @@ class Slots:
 
     def _is_made_again(self, tensor: Tensor, index: int, frame: Frame) -> bool:
         """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
-        if self._leaves[index] != _LEAF or self.tensors[index] is None:
+        if self._kinds[index] != _LEAF or self.tensors[index] is None:
             return False
         return is_again(tensor.detach(), self.entry(index), exact=frame.exact, computed=frame.coarsest(tensor.dtype))
 
@@ -356,6 +473,15 @@ class Slots:
 
     def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
         return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+def _is_passed_as(tensor: Tensor | None, key: int) -> bool:
+    """Whether a passed tensor is the one of this storage, is left alone, or is not there."""
+    if tensor is None:
+        return key == DEAD
+    if is_opaque(tensor):
+        return key == ALONE
+    return bool(key == tensor.untyped_storage()._cdata)
 
 
 _LEAF, _PARAMETER = 1, 2

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..kinds import is_allocated
-from ..ops import Source
+from ..saved import Counted, Source
 from ..storage import Geometry, Held, Ledger, is_near
 from .codes import Code, mask_of
-from .value import Value, at_version
+from .dropped import at_version
 
 if TYPE_CHECKING:
     from .slots import Slots
@@ -81,7 +81,7 @@ class _Mask(Held):
 
 def _mask(entry: Tensor | Source, ledger: Ledger) -> _Mask | None:
     if isinstance(entry, Source):
-        if not isinstance(entry, Value) or entry.recipe is not None:
+        if type(entry) is not Counted:
             return None
         entry = entry.get()
     if entry.__dict__ or not is_allocated(entry):  # it is to come back as the object that it is

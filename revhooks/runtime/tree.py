@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["Form", "flatten", "leaves_of", "map_leaves", "map_tensors", "tensors_of"]
+from ..reach import PLAIN
+from ..storage import PLAIN_TYPES
 
+__all__ = ["LEAVES", "Form", "flatten", "leaves_of", "map_leaves", "map_tensors", "tensors_of"]
+
+LEAVES = PLAIN | {*PLAIN_TYPES}  # what is no container, and holds nothing in turn
 _Build = Callable[[list[Any]], Any]
 _Opened = tuple[Iterable[Any], _Build]
 
@@ -59,6 +63,9 @@ def _filled(form: Form, leaves: Iterable[Any]) -> Any:
 
 
 def _form_of(tree: Any, leaves: list[Any], path: set[int]) -> Form | None:
+    if type(tree) in LEAVES:
+        leaves.append(tree)
+        return None
     opened = _open(tree) if id(tree) not in path else None  # what contains itself is a leaf there
     if opened is None:
         leaves.append(tree)
@@ -78,8 +85,30 @@ def leaves_of(tree: Any) -> list[Any]:
         [1, 2, 3, None]
     """
     leaves: list[Any] = []
-    _form_of(tree, leaves, set())
+    _gather(tree, leaves, set())
     return leaves
+
+
+def _gather(tree: Any, leaves: list[Any], path: set[int]) -> None:
+    """`_form_of`, without a form."""
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        parts = tree
+    elif kind is dict:
+        parts = tree.values()
+    else:
+        opened = None if kind in LEAVES else _open(tree)
+        parts = None if opened is None else opened[0]
+    if parts is None or id(tree) in path:
+        leaves.append(tree)
+        return
+    path.add(id(tree))
+    for part in parts:
+        if type(part) in LEAVES:
+            leaves.append(part)
+        else:
+            _gather(part, leaves, path)
+    path.discard(id(tree))
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -117,7 +146,7 @@ def _open(tree: Any) -> _Opened | None:
     if kind is tuple or kind is list:
         return tree, kind
     if kind is dict:
-        return tree.values(), functools.partial(_dict_of, list(tree))
+        return tree.values(), functools.partial(_dict_of, [*tree])
     if not isinstance(tree, _CONTAINERS):
         return _open_dataclass(tree) if _is_dataclass(tree) else None
     if isinstance(tree, torch.Size):

@@ -9,51 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import BackwardError, ModifiedError, explain
 from ..kinds import without_graph
-from ..ops import Source
+from ..saved import Source, freed, modified
 from ..storage import Geometry, Held, reserve, restride, version_probe
 from ..streams import follow, stream_of
 
 if TYPE_CHECKING:
-    from .codes import Code
     from .frame import Frame
-    from .offload import Parked
-    from .recipe import Recipe
     from .run import Run
 
-__all__ = ["Value", "Values", "at_version", "fetch", "freed", "modified"]
-
-
-def freed(what: str) -> BackwardError:
-    """The error for what cannot be rebuilt because an earlier backward used it up."""
-    return BackwardError(
-        explain(
-            what,
-            expected="a tensor that is held or can be rebuilt",
-            got="one whose graph an earlier backward has freed",
-            remedy="pass retain_graph=True to the earlier backward",
-        )
-    )
-
-
-def modified(what: str, shape: Sequence[int], version: int, now: int) -> ModifiedError:
-    """The error for a saved tensor that was changed in place (Rule 8)."""
-    return ModifiedError(
-        explain(
-            f"one of the variables needed for gradient computation has been modified by an inplace operation ({what})",
-            expected=f"version {version} of a tensor of shape {tuple(shape)}",
-            got=f"version {now}",
-            remedy="use the out-of-place operation, or change it before forward or after backward",
-        )
-    )
+__all__ = ["Value", "Values", "fetch"]
 
 
 Values = dict[int, "weakref.ref[Value]"]  # by storage key
 
 
 class Value(Source):
-    """A block's output, or a tensor saved outside any block; of the latter also the handle.
+    """A block's output; also the handle of one that is saved outside of any block.
 
     It is *held* as one tensor or as the streams it was split into, or *released*; then ``consumer`` is the
     frame that gives it back by inversion. Only what no handle needs is ever released: an inversion is not exact, and
@@ -76,20 +48,18 @@ class Value(Source):
         "_tensor_version",
         "consumer",
         "dtype",
+        "follows_head",
         "grid_bits",
         "key",
-        "maker",
         "nbytes",
         "pinned",
-        "recipe",
         "run",
-        "values",
         "version",
         "what",
         "why",
     )
 
-    def __init__(self, run: Run, tensor: Tensor, why: str, what: str, values: Values | None = None) -> None:
+    def __init__(self, run: Run, tensor: Tensor, why: str, what: str) -> None:
         # first what may raise: a Value that has no run was never made
         storage, kept, version = tensor.untyped_storage(), without_graph(tensor), tensor._version
         self.nbytes = nbytes = storage.nbytes()  # of the memory that it stands for
@@ -99,9 +69,8 @@ class Value(Source):
         self.why = why
         self.what = what
         self.consumer: Frame | None = None
-        self.recipe: Recipe | Code | Parked | None = None
         self.grid_bits: int | None = None  # its elements are multiples of 2**-grid_bits
-        self.maker: type | None = None  # the kind of node that made it
+        self.follows_head = False  # it was made of what begins a chain, which is held
         self.pinned = False  # a handle needs it
         self._packed = 0
         self._geometry: Geometry | None = None
@@ -111,10 +80,9 @@ class Value(Source):
         self._reserved: object = None
         self._tensor: Tensor | None = kept  # Rule 2
         self._stream: Any = None  # on which it was rebuilt
-        self.values = run.values if values is None else values  # where it can be found
         run.ledger.hold(key, nbytes)
         self.run = run
-        self.values[key] = weakref.ref(self)
+        run.values[key] = weakref.ref(self)
 
     def __del__(self) -> None:
         run = getattr(self, "run", None)
@@ -123,16 +91,9 @@ class Value(Source):
         if self._tensor is not None:
             run.ledger.drop(self._tensor_key)
         run.ledger.packed -= self._packed
-        found = self.values.get(self.key)
+        found = run.values.get(self.key)
         if found is not None and found() in (None, self):  # a finalizer runs before weak references die
-            del self.values[self.key]
-
-    @property
-    def op(self) -> str:
-        """The operation that made it, of a tensor that an ordinary layer saved."""
-        if self.maker is None:
-            return ""
-        return "none with a gradient" if self.maker is type(None) else self.maker.__name__.removesuffix("Backward0")
+            del run.values[self.key]
 
     @property
     def geometry(self) -> Geometry:
@@ -177,9 +138,6 @@ class Value(Source):
         Raises:
             BackwardError: it is not held.
         """
-        if self._tensor is None and self.recipe is not None:
-            self.receive_tensor(at_version(self.recipe.tensor(self.geometry), self.version))
-            self.run.purge_later(self)
         if self._tensor is None:
             if self._pieces is None:
                 raise freed(self.what)
@@ -248,12 +206,10 @@ class Value(Source):
             yield self.why, self.what, self._tensor
         for piece in self._pieces or ():
             yield self.why, self.what, piece.tensor
-        for held in self.recipe.holds() if self.recipe is not None else ():
-            yield self.why, self.what, held
 
     def pin(self, tensor: Tensor) -> None:
         """Hold it exactly, once, for a handle (DESIGN section 3); ``tensor`` lies in the same memory."""
-        if self.recipe is None and (self._tensor is None or self._tensor_key != self.key):  # what came back is not exact
+        if self._tensor is None or self._tensor_key != self.key:  # what came back is not exact
             self._drop_tensor()
             self._pieces = None
             self._tensor = torch.as_strided(tensor.detach(), *self.geometry)
@@ -261,21 +217,14 @@ class Value(Source):
             self._tensor_key = self.run.ledger.hold_tensor(self._tensor)
         self.pinned = True
 
-    def encode(self, recipe: Code) -> None:
-        """Hold a smaller form in place of the tensor."""
-        self._detach_from_storage()
-        self._drop_tensor()
-        recipe.hold(self.run.ledger)
-        self.recipe = recipe
-
     def release(self) -> None:
-        """Let go of the memory, if a frame or a recipe can give it back."""
-        if self.held and (self.recipe is not None or (self.consumer is not None and not self.pinned)):
+        """Let go of the memory, if a frame can give it back."""
+        if self.held and self.consumer is not None and not self.pinned:
             self._detach_from_storage()
-            if self.recipe is not None and self._tensor is not None:
-                self.recipe.leave(self._tensor)
             self._drop_tensor()
             self._pieces = None
+
+    purge = release
 
     def _detach_from_storage(self) -> None:
         """Keep the geometry, the version counter and the storage's key, so that the memory may go."""
@@ -288,14 +237,6 @@ class Value(Source):
         if self._tensor is not None:
             self.run.ledger.drop(self._tensor_key)
             self._tensor = None
-
-
-def at_version(tensor: Tensor, version: int) -> Tensor:
-    """The tensor with a version counter of its own that says what the original's did: a replay that is given it compares."""
-    tensor = tensor.data
-    if version:
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
-    return tensor
 
 
 def fetch(value: Value) -> None:

@@ -42,6 +42,7 @@ import revhooks.runtime.packing
 import revhooks.runtime.statistics
 import revhooks.storage
 from revhooks.nn import AdditiveCoupling, ReversibleSequential
+from revhooks.profile.meters import alternate
 
 RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], None]
@@ -215,28 +216,14 @@ def counts(step: Step, steps: int = 8) -> dict[str, float]:
     return {"kernels": kernels / steps, "waits": sum(count.by[name] for name in WAITS) / steps}
 
 
-def alternate(steps: dict[str, Step], rounds: int, clock: Callable[[], int]) -> dict[str, list[float]]:
-    """Milliseconds, by turns, in another order every other round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps)[:: 1 if turn % 2 else -1]:
-            before = clock()
-            steps[name]()
-            times[name].append((clock() - before) / 1e6)
-    return times
-
-
-def on_cuda(step: Step, rounds: int = 12) -> tuple[list[float], list[float]]:
+def on_cuda(step: Step) -> tuple[float, float]:
     """Step and host milliseconds."""
-    whole, host = [], []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        before = time.perf_counter()
-        step()
-        host.append(1e3 * (time.perf_counter() - before))
-        torch.cuda.synchronize()
-        whole.append(1e3 * (time.perf_counter() - before))
-    return whole, host
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    step()
+    host = 1e3 * (time.perf_counter() - before)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - before), host
 
 
 def cuda_counts(step: Step) -> dict[str, float]:
@@ -274,11 +261,12 @@ def measure(name: str, work: Workload, *, device: str, rounds: int) -> list[dict
         rows[title] |= cuda_counts(step) if device == "cuda" else counts(step)
     host: dict[str, list[float]] = {}
     if device == "cuda":
-        turns = [{title: on_cuda(step, 1) for title, step in steps.items()} for _ in range(rounds)]
-        times = {title: [turn[title][0][0] for turn in turns] for title in steps}
-        host = {title: [turn[title][1][0] for turn in turns] for title in steps}
+        turns = [{title: on_cuda(step) for title, step in steps.items()} for _ in range(rounds)]
+        times = {title: [turn[title][0] for turn in turns] for title in steps}
+        host = {title: [turn[title][1] for turn in turns] for title in steps}
     else:
-        times = alternate(steps, rounds, time.thread_time_ns)
+        taken = alternate(list(steps.values()), rounds=rounds, clock=time.thread_time_ns)
+        times = {title: [ns / 1e6 for ns in one] for title, one in zip(steps, taken, strict=True)}
     for title, row in rows.items():
         row["ms"] = round(statistics.median(times[title]), 3)
         row["over_plain"] = round(_ratio(times[title], times["plain"]), 3)

@@ -48,6 +48,12 @@ def large_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device is one whose values take long to read."""
+    monkeypatch.setattr(storage, "_NEAR", frozenset())
+
+
+@pytest.fixture
 def no_gc() -> Iterator[None]:
     """With the collector off nothing may depend on it."""
     gc.collect()

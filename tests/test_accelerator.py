@@ -20,11 +20,6 @@ from revhooks.errors import FallbackWarning, GridError, InversionError, ReplayEr
 WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
 
 
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_NEAR", frozenset())
-
-
 class Block(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()

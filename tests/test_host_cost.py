@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -19,22 +17,14 @@ import revhooks
 from bench.ordinary_measure import Contender, accounted, peer
 from bench.ordinary_models import GPTBlock, gpt
 from revhooks import nn as rnn
-from revhooks import storage
 from revhooks.errors import ModifiedError, ReplayError
 from revhooks.runtime import evidence, recipe, whole
 from revhooks.saved import Leaf, Saved
+from tests.test_accelerator import Block
+from tests.test_stats import saved_by_plain_autograd
 
 VIEWS = {"view", "t", "transpose", "detach", "as_strided", "split", "_unsafe_view", "expand", "unsqueeze", "select", "slice"}
 VIEWS |= {"alias", "permute", "reshape", "split_with_sizes", "squeeze"}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 class Kernels(TorchDispatchMode):
@@ -48,11 +38,6 @@ class Kernels(TorchDispatchMode):
         self.count += name not in VIEWS
         self.waits += name in ("_local_scalar_dense", "equal", "item", "nonzero", "is_nonzero")
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_NEAR", frozenset())
 
 
 @pytest.fixture
@@ -93,22 +78,6 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def saved_by_plain_autograd(step: Callable[[], Tensor], net: nn.Module) -> int:
-    storages = {}
-    external = {t.untyped_storage()._cdata for t in [*net.parameters(), *net.buffers()]}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept = tensor.untyped_storage()
-        if kept._cdata not in external:
-            storages[kept._cdata] = kept
-        return tensor.detach()
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
-    del loss
-    return sum(kept.nbytes() for kept in storages.values())
-
-
 # -- calls that are made as they are
 
 IDLE: dict[str, dict[str, Any]] = {
@@ -125,7 +94,7 @@ def test_where_nothing_is_to_be_done_there_are_no_hooks(case: str, around: bool,
     """Learned in three steps; then a model is called as it is, and the books are exact all the same."""
     net, x = stack(), torch.randn(8, 32)
     wanted = gradients(net, x, contextlib.nullcontext())
-    expected = saved_by_plain_autograd(lambda: net(x).square().mean(), net)
+    expected = saved_by_plain_autograd(net, x)
     with revhooks.reversible(**IDLE[case]) if around else contextlib.nullcontext() as outer:
         for number in range(6):
             net.zero_grad()
@@ -159,7 +128,7 @@ def test_it_is_learned_again_when_something_changes(change: str, hooked: Callabl
     CHANGES[change](net)
     x = x[:4] if change == "shapes" else x.to(net[0].up.weight.dtype)
     for _ in range(2):
-        expected = saved_by_plain_autograd(lambda: net(x).square().mean(), net)
+        expected = saved_by_plain_autograd(net, x)
         hooked()
         with revhooks.reversible(ops=False) as run:
             loss = net(x).square().mean()
@@ -171,7 +140,7 @@ def test_it_is_learned_again_when_something_changes(change: str, hooked: Callabl
 def test_a_budget_that_no_longer_fits_is_kept() -> None:
     """Larger inputs are another kind of call; and what is held by somebody else counts."""
     net, x = stack(8), torch.randn(64, 32)
-    need = saved_by_plain_autograd(lambda: net(x).square().mean(), net)
+    need = saved_by_plain_autograd(net, x)
     budget = int(1.2 * need)
     options: dict[str, Any] = {"budget": budget, "replay": Block, "ops": False}
     for _ in range(5):

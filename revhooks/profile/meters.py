@@ -135,7 +135,14 @@ def cuda_peak(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def alternate(steps: Sequence[Callable[[], object]], *, rounds: int, warmup: int = 1, cuda: bool = False) -> list[list[int]]:
+def alternate(
+    steps: Sequence[Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    cuda: bool = False,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[list[int]]:
     """Time several steps by turns in one process, so that a drifting machine slows all of them alike.
 
     Args:
@@ -143,6 +150,7 @@ def alternate(steps: Sequence[Callable[[], object]], *, rounds: int, warmup: int
         rounds: how many times each is timed.
         warmup: rounds before that are not counted.
         cuda: wait for the device around each step.
+        clock: gives the time in nanoseconds.
 
     Returns:
         For each contender its times in nanoseconds, round by round.
@@ -152,10 +160,10 @@ def alternate(steps: Sequence[Callable[[], object]], *, rounds: int, warmup: int
         for taken, step in zip(times, steps, strict=True):
             if cuda:
                 torch.cuda.synchronize()
-            start = time.perf_counter_ns()
+            start = clock()
             step()
             if cuda:
                 torch.cuda.synchronize()
             if round_ >= 0:
-                taken.append(time.perf_counter_ns() - start)
+                taken.append(clock() - start)
     return times

@@ -85,9 +85,7 @@ class Dropped(Source):
         "what",
     )
 
-    def __init__(
-        self, shared: Shared, tensor: Tensor, bringer: Bringer | None, kind: type, what: str, *, packs: bool = True
-    ) -> None:
+    def __init__(self, shared: Shared, tensor: Tensor, bringer: Bringer, kind: type, what: str, *, packs: bool = True) -> None:
         self._shared = shared
         self._packed = 0  # bytes that the books count as saved
         self._tensor: Tensor | None = None
@@ -96,7 +94,7 @@ class Dropped(Source):
         self.stride = tensor.stride()
         self._probe = version_probe(tensor)
         self.version = tensor._version
-        self.bringer = bringer
+        self.bringer: Bringer | None = bringer  # ``None`` once it turns out not to
         self.kind = kind
         self.what = what
         self._stream: Any = None  # on which it was rebuilt
@@ -108,13 +106,13 @@ class Dropped(Source):
         else:  # the frame counts it, by its key
             self._reserved = reserve(tensor)
         moves = isinstance(bringer, Parked)
-        if bringer is not None and (not shared.budget.limit or bringer.now):
+        if not shared.budget.limit or bringer.now:
             bringer.leave(tensor.detach() if moves else tensor)  # Rule 2: what only waits is held
             return
         self._hold(tensor.detach())
         if moves:
             shared.budget.add_move(self)
-        elif bringer is not None:
+        else:
             shared.budget.add_value(self)
 
     def __del__(self) -> None:
@@ -122,11 +120,6 @@ class Dropped(Source):
         ledger.packed -= self._packed
         if self._tensor is not None:
             ledger.drop(self._key)
-
-    @property
-    def held(self) -> bool:
-        """Whether its elements are in memory."""
-        return self._tensor is not None
 
     @property
     def depth(self) -> int:

@@ -71,10 +71,12 @@ class Evidence:
         """Evidence of a tensor that is let go of, if it is to be checked; ``first``: its place is met for the first times."""
         if guard.mode == "off" or tensor.is_meta or is_capturing(tensor.device):
             return None
-        picked = is_near(tensor.device) or rotation.picks() or guard.mode == "raise"
-        if is_near(tensor.device) or first:
+        if is_near(tensor.device):
             return cls(fingerprint(tensor), None, first=first)
-        return cls(None, some_of(tensor.detach()).clone(), first=first) if picked else None
+        picked = rotation.picks()  # it is asked about each place, for the turns
+        if first:
+            return cls(fingerprint(tensor), None, first=first)
+        return cls(None, some_of(tensor.detach()).clone(), first=first) if picked or guard.mode == "raise" else None
 
     def is_of(self, tensor: Tensor, verdict: Callable[[float, int], None], guard: Guard) -> bool:
         """Whether a tensor is what was let go of; of one that is far the verdict is given when backward has ended."""

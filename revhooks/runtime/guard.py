@@ -147,6 +147,23 @@ class Sample(NamedTuple):
         return tensor.detach().clone() if self.places is None else self.of(tensor)
 
 
+def _give(verdicts: Sequence[Verdict], results: Sequence[tuple[float, int]], note: str = "") -> None:
+    """Give all the verdicts; raise the first error."""
+    problem: RevhooksError | None = None
+    for verdict, (error, lost) in zip(verdicts, results, strict=True):
+        try:
+            verdict(error, lost)
+        except RevhooksError as found:
+            problem = problem or found
+    try:
+        if problem is not None:
+            if note:
+                problem.add_note(note)
+            raise problem
+    finally:
+        del problem  # its traceback leads to this frame
+
+
 class _Flight:
     """Comparisons that a device makes; they are read when it has, in a later step. What is wrong is named then.
 
@@ -184,19 +201,13 @@ class _Flight:
         if self._event is not None:
             self._event.synchronize()
         count, norms, ago = len(self._verdicts), self._norms.tolist(), _Flight.steps - self._step
-        problem: RevhooksError | None = None
-        for place, verdict in enumerate(self._verdicts):
-            error, scale, *lost = norms[place::count]
-            try:
-                verdict(_ratio(error, scale), self._lost(place) if any(lost) else 0)
-            except RevhooksError as found:
-                problem = problem or found
-        try:
-            if problem is not None:
-                problem.add_note(f"It was found {ago} backward passes later." if ago else "It was in the latest backward pass.")
-                raise problem
-        finally:
-            del problem  # its traceback leads to this frame
+        found = [norms[place::count] for place in range(count)]
+        results = [(_ratio(e, scale), self._lost(i) if any(lost) else 0) for i, (e, scale, *lost) in enumerate(found)]
+        _give(
+            self._verdicts,
+            results,
+            f"It was found {ago} backward passes later." if ago else "It was in the latest backward pass.",
+        )
 
     def _lost(self, place: int) -> int:
         """How many zeros of a pair have not come back."""
@@ -350,17 +361,7 @@ class Guard:
             groups.setdefault((pair.zeros, key), []).append(pair)
         _flights.extend(_Flight(pairs, zeros=zeros) for (zeros, _), pairs in groups.items())
         pending, self._pending = self._pending, []
-        problem: Exception | None = None
-        for (error, lost), one in zip(_results(pending), pending, strict=True):
-            try:
-                one.verdict(error, lost)
-            except RevhooksError as found:
-                problem = problem or found
-        try:
-            if problem is not None:
-                raise problem
-        finally:
-            del problem  # its traceback leads to this frame
+        _give([one.verdict for one in pending], _results(pending))
 
     def _judge(
         self,

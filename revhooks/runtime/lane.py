@@ -16,6 +16,7 @@ from ..capture import is_capturing
 from ..storage import Ledger
 from .learning import LONGEST, Step, facts_of
 from .movers import Copy, Mover
+from .passes import NO_PASS, current_pass
 from .schedule import Plan
 
 __all__ = ["KEEP", "LAG", "MARK", "MOVE", "WAIT", "Lane", "Ticket"]
@@ -24,10 +25,6 @@ LAG = 1 << 27  # bytes that may be on their way out in a step that is not known
 LAG_SECONDS = 2e-3  # and how long they may be, where the bandwidth is known
 
 KEEP, MARK, WAIT, MOVE = range(4)  # not ours; ours, stays; stays until there is need of room; goes now
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 class Ticket(NamedTuple):
@@ -59,7 +56,7 @@ class Lane:
         """Decide of a tensor that is saved."""
         if self.leaving.nbytes:
             self.leaving.poll()
-        if not self.mover.timed or _in_backward():  # what backward saves is no part of a step
+        if not self.mover.timed or current_pass() != NO_PASS:  # what backward saves is no part of a step
             self._place = -1
             return WAIT if self._limited else KEEP if self.mover.timed else self._as_bus_allows(nbytes, KEEP)
         step = self._step
@@ -148,7 +145,7 @@ class Lane:
     def use(self, ticket: Ticket, copy: Copy | None = None) -> None:
         """Backward asks for a tensor, which may be on its way back, or lets go of what stands for it."""
         step = ticket.step
-        if step is None or not _in_backward() or is_capturing(self.device):
+        if step is None or current_pass() == NO_PASS or is_capturing(self.device):
             return
         if not step.over:
             step.over = True

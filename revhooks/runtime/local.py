@@ -13,12 +13,12 @@ from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch._C import _current_graph_task_id as graph_task
 from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
 from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
 from ..kinds import without_graph
+from .passes import NO_PASS, current_pass
 
 if TYPE_CHECKING:
     from ..saved import Source
@@ -148,7 +148,7 @@ class saving_to(Packer):  # noqa: N801 - used as a function
 
     def pack(self, tensor: Tensor) -> SlotHandle:
         """The pack hook."""
-        if graph_task() == -1:
+        if current_pass() == NO_PASS:
             return self._slots.save(tensor, self._frame)
         with self._lock:  # an inner backward has a thread for each device
             self._threads.add(get_ident())

@@ -5,6 +5,7 @@ What was made by an operation of which it is known how to run it again may be le
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -69,10 +70,11 @@ class Packing(Packer):
         self.values: Values = {}
         self.place: Callable[[], str] | None = None
         self._ledger = shared.ledger
-        self._exact = 0 < shared.budget.limit < float("inf")  # the budget is to know at any time what is held
-        self._drops = shared.ops and shared.budget.limit != float("inf")
+        bounded = shared.budget.limit < math.inf
+        self._exact = bounded and shared.budget.limit > 0  # the budget is to know at any time what is held
+        self._drops = shared.ops and bounded
         self._fresh = shared.ledger.fresh
-        self._moves = shared.offload is not None and shared.budget.limit != float("inf")
+        self._moves = shared.offload is not None and bounded
         self._looks_closer = self._drops or self._moves
         self._task = NO_PASS
         self._position = 0  # how many were saved in this step
@@ -205,9 +207,14 @@ class Packing(Packer):
                 return self._noted(tensor, whole, node, kind)
             known = self._dropped(whole, bringer, kind)
             _note(node, shared, known)
-        elif type(known) is Dropped and shared.guard.mode != "off":
-            known.look_again(whole.detach())
+        else:
+            self._look_again(known, whole)
         return known if tensor is whole else View(known, tensor)
+
+    def _look_again(self, known: Source, whole: Tensor) -> None:
+        """It is saved once more: it may have been edited past its version counter."""
+        if type(known) is Dropped and self.shared.guard.mode != "off":
+            known.look_again(whole.detach())
 
     def _noted(self, tensor: Tensor, whole: Tensor, node: Any, kind: type) -> Source:
         """What is held, for recipes that start from it."""
@@ -254,11 +261,9 @@ class Packing(Packer):
             else:
                 known = Dropped(self.shared, whole, recipe, type(node), what, packs=False)
             _note(node, slots.home, known)
-        elif type(known) is Dropped and self.shared.guard.mode != "off":
-            known.look_again(whole.detach())
-        if tensor is whole:
-            return known
-        return View(known, tensor)
+        else:
+            self._look_again(known, whole)
+        return known if tensor is whole else View(known, tensor)
 
     # -- frames
 

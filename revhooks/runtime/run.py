@@ -186,10 +186,9 @@ class Run(Packing):
 
     def call_module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call any module, by its class's ``__call__``: it may be named by a predicate, or be left as it is as a whole."""
-        if self._wholes is None:
+        if self._wholes is None or self._wholes.is_open:
             return self._call_if_named(original, module, args, kwargs)
-        call = functools.partial(self._call_if_named, original, module)
-        return self._wholes.call(lambda *a, **k: call(a, k), module, args, kwargs)
+        return self._wholes.call(functools.partial(self._call_if_named, original, module), module, args, kwargs)
 
     def _call_if_named(
         self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

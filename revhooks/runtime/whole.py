@@ -80,39 +80,36 @@ class Whole:
 
 
 class WholeCalls:
-    """The outermost calls of modules in a run."""
+    """The outermost calls of modules in a run.
+
+    Attributes:
+        is_open: whether one is being made.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = weakref.ref(run)
-        self._open = False
+        self.is_open = False
         self._watched: list[tuple[_Kind, int]] = []  # whose need is known when backward begins
         self._wholes: weakref.WeakSet[Whole] = weakref.WeakSet()
 
     def call(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module; as it is, if that is known to be right."""
+        """Call a module, by a function of its arguments; as it is, if that is known to be right."""
         run = self._run()
-        if (
-            self._open
-            or run is None
-            or not torch.is_grad_enabled()
-            or packer() is not run
-            or run.place is not None
-            or is_traced()
-        ):
-            return call(*args, **kwargs)
-        self._open = True
+        if run is None or not torch.is_grad_enabled() or packer() is not run or run.place is not None or is_traced():
+            return call(args, kwargs)
+        self.is_open = True
         try:
             kind = _kind_of(run, module, args, kwargs)
             if kind is None:
-                return call(*args, **kwargs)
+                return call(args, kwargs)
             kind.calls += 1
             if kind.calls <= LEARN or not kind.calls % AGAIN:
                 return self._watch(run, kind, call, args, kwargs)
             if self._is_nothing_to_do(run, kind):
                 return self._as_it_is(run, kind, call, module, args, kwargs)
-            return call(*args, **kwargs)
+            return call(args, kwargs)
         finally:
-            self._open = False
+            self.is_open = False
 
     @staticmethod
     def serve(shared: Shared) -> bool:
@@ -132,7 +129,7 @@ class WholeCalls:
         active, ACTIVE.run = ACTIVE.run, None
         pop_hooks()
         try:
-            output = call(*args, **kwargs)
+            output = call(args, kwargs)
         finally:
             push_hooks(run.pack, run.unpack)
             ACTIVE.run, run.marks = active, None
@@ -149,7 +146,7 @@ class WholeCalls:
     def _watch(self, run: Run, kind: _Kind, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ledger, frames, evicted = run.ledger, run.ordinal, run.budget.evicted
         held, packed = ledger.all_held, ledger.all_packed
-        output = call(*args, **kwargs)
+        output = call(args, kwargs)
         ledger.settle()
         saved = ledger.all_packed - packed
         if saved != kind.saved:  # it is not known yet, or another one than was thought

@@ -424,7 +424,7 @@ def test_a_late_error_is_told_when_stats_are_read_or_the_context_ends(end: str, 
         gradients(net, x, revhooks.reversible())
     net[1][1].register_forward_hook(edited)
     told = ""
-    for _ in range(12):  # until it has its turn
+    for _ in range(evidence.rotation._period + 2):  # until it has its turn
         told = "backward"
         with contextlib.suppress(ReplayError), revhooks.reversible() as run:
             net(x).square().mean().backward()

@@ -15,34 +15,28 @@ if TYPE_CHECKING:
 __all__ = ["SlotHandle"]
 
 
-class SlotHandle(Source):
-    """Slot ``index`` of a stretch of a frame."""
+class SlotHandle(tuple["Frame", "Slots", int], Source):
+    """A slot of a stretch of a frame: the frame, the slots, the index. A tuple, for there is one for each saved tensor."""
 
-    __slots__ = ("_frame", "_index", "_slots")
-
-    def __init__(self, frame: Frame, slots: Slots, index: int) -> None:
-        self._frame = frame
-        self._slots = slots
-        self._index = index
+    __slots__ = ()
 
     def __del__(self) -> None:
-        try:
-            slots = self._slots
-        except AttributeError:  # one of a tracer's, which makes it without arguments
-            return
-        slots.kill(self._index)
+        if self:  # a tracer makes one without arguments
+            _, slots, index = self
+            slots.kill(index)
 
     def within(self, slots: Slots) -> Source | None:
         """What these slots hold there, if it is one of theirs."""
-        entry = slots.tensors[self._index] if self._slots is slots else None
+        _, own, index = self
+        entry = slots.tensors[index] if own is slots else None
         return entry if entry is None or isinstance(entry, Source) else Leaf(entry)
 
     def get(self) -> Tensor:
         """The tensor in the slot; rebuilt when it is not there."""
-        frame, slots = self._frame, self._slots
-        if slots.tensors[self._index] is None:
-            return frame.run.rebuild(frame, slots, self._index)
+        frame, slots, index = self
+        if slots.tensors[index] is None:
+            return frame.run.rebuild(frame, slots, index)
         if not frame.released:
             slots.asked |= frame.open
             frame.run.reading_kept(frame)
-        return slots.read(self._index)
+        return slots.read(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -38,15 +38,15 @@ class LeanSlots(Slots):
     looked at, where that would raise the peak.
     """
 
-    __slots__ = ("_budget", "_plain", "_samples", "_seen", "home", "task")
+    __slots__ = ("_budget", "_samples", "_seen", "home", "task")
 
     def __init__(self, frame: Frame, position: int, *, stays: bool) -> None:
         super().__init__(frame, position)
         self._budget = frame.run.budget
         self.home = object()  # under which nodes note what is here; it holds nothing
         self.task = current_pass()  # in which the call is made, or is run again
-        self._plain = not stays  # holds tensors as they are
-        self._raw = self._plain
+        self.plain = not stays  # holds tensors as they are
+        self._raw = self.plain
         self._samples: dict[int, Elements] = {}  # some elements of what is recomputed, for a comparison
         self._seen: list[tuple[Any, int, int]] = []  # looks, storage key, bytes
 
@@ -54,10 +54,10 @@ class LeanSlots(Slots):
 
     def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
         """Pack a tensor that was saved during forward."""
-        if self._plain:
+        if self.plain:
             return super().save(tensor, frame)
         self._kinds.append(kind_of(tensor))
-        self._versions.append(version_of(tensor))
+        self.versions.append(version_of(tensor))
         if is_opaque(tensor):
             self._seen.append((None, ALONE, 0))
         else:
@@ -65,7 +65,7 @@ class LeanSlots(Slots):
             self._seen.append((looks_of(tensor), storage._cdata, storage.nbytes()))
         index = len(self.tensors)
         self.tensors.append(self._pack(tensor, index, frame))
-        return SlotHandle(frame, self, index)
+        return SlotHandle((frame, self, index))
 
     def _pack(self, tensor: Tensor, index: int, frame: Frame) -> Source:
         """Hold it, or what recomputes it."""
@@ -76,7 +76,7 @@ class LeanSlots(Slots):
 
     def close(self, frame: Frame, facts: Facts, key: object, output: Any = None) -> None:
         """After the code has run: tell what is passed, and what a replay has to save again."""
-        if self._plain:
+        if self.plain:
             super().close(frame, facts, key, output)
             return
         expected: list[Any] = []
@@ -103,7 +103,7 @@ class LeanSlots(Slots):
 
     def is_at_hand(self, index: int) -> bool:
         """Whether what was saved at a place is held itself, and not to be made first."""
-        return self.tensors[index] is not None and (self._plain or self._is_there(self.tensors[index]))
+        return self.tensors[index] is not None and (self.plain or self._is_there(self.tensors[index]))
 
     # -- handles
 
@@ -125,7 +125,7 @@ class LeanSlots(Slots):
 
     def kill(self, index: int) -> None:
         """The handle of a slot has died."""
-        if self._plain:
+        if self.plain:
             super().kill(index)
             return
         self.tensors[index] = None
@@ -138,7 +138,7 @@ class LeanSlots(Slots):
 
     def there(self) -> list[tuple[int, Tensor | Elements]]:
         """What a replay can bring back, with its place: what is held itself, and some elements of what is recomputed."""
-        if self._plain:
+        if self.plain:
             return super().there()
         entries = [(i, entry) for i, entry in enumerate(self.tensors) if entry is not None and self._alive[i]]
         return [
@@ -155,14 +155,14 @@ class LeanSlots(Slots):
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
-        if self._plain:
+        if self.plain:
             return super().held()
         handles: list[Any] = [entry.of if type(entry) is View else entry for entry in self.tensors]
         return [tensor for handle in handles if type(handle) in (Counted, Dropped) for tensor in handle.report()]
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
-        if self._plain:
+        if self.plain:
             super().release()
             return
         for index, looks in enumerate(self._looks):
@@ -170,7 +170,7 @@ class LeanSlots(Slots):
                 self.tensors[index] = None
 
     def _damaged(self) -> int | None:
-        if self._plain:
+        if self.plain:
             return super()._damaged()
         for index, entry in enumerate(self.tensors):
             handle: Any = entry.of if type(entry) is View else entry
@@ -191,7 +191,7 @@ class LeanSlots(Slots):
         """
         if not self._prepare():
             return super().fill(call, transient=transient)
-        filling = _Filling(self)
+        filling = Filling(self, entry=self._packed_again)
         result = self._record(call, filling)
         self._take(filling.saved, transient=transient)
         return result
@@ -201,7 +201,7 @@ class LeanSlots(Slots):
         if not self._prepare():
             super().fill_and_stop(call, tail, transient=transient)
             return
-        filling = _Filling(self, tail.start)
+        filling = Filling(self, tail.start, self._packed_again)
         entries = filling.saved
         if tail.start:
             with contextlib.suppress(EnoughError):
@@ -221,15 +221,15 @@ class LeanSlots(Slots):
         self.release()
         self._samples.clear()
         self.task = current_pass()
-        self._plain = ledger.all_held + self._packed <= max(self._budget.limit, ledger.peak_held)
-        return not self._plain
+        self.plain = ledger.all_held + self._packed <= max(self._budget.limit, ledger.peak_held)
+        return not self.plain
 
     def hold(self) -> None:
         """Hold what was saved until backward comes."""
-        if self._plain:
+        if self.plain:
             super().hold()
 
-    def packed_again(self, tensor: Tensor, index: int) -> Tensor | Source:
+    def _packed_again(self, tensor: Tensor, index: int) -> Tensor | Source:
         """What a replay has saved there, as these slots hold it."""
         if index < len(self._looks):
             self._verify(index, tensor)
@@ -255,12 +255,3 @@ class LeanSlots(Slots):
     @staticmethod
     def _unpacked(packed: Any) -> Tensor:
         return packed.get() if isinstance(packed, Source) else packed
-
-
-class _Filling(Filling):
-    """Of slots that hold handles."""
-
-    __slots__ = ()
-
-    def entry(self, tensor: Tensor, index: int) -> Tensor | Source:
-        return cast(LeanSlots, self.slots).packed_again(tensor, index)

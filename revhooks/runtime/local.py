@@ -18,12 +18,12 @@ from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 
 from ..kinds import without_graph
+from .handle import SlotHandle
 from .passes import NO_PASS, current_pass
 
 if TYPE_CHECKING:
     from ..saved import Source
     from .frame import Frame
-    from .handle import SlotHandle
     from .run import Run
     from .slots import Slots
 
@@ -149,7 +149,13 @@ class saving_to(Packer):  # noqa: N801 - used as a function
     def pack(self, tensor: Tensor) -> SlotHandle:
         """The pack hook."""
         if current_pass() == NO_PASS:
-            return self._slots.save(tensor, self._frame)
+            slots = self._slots
+            if not slots.plain or type(tensor) is not Tensor:
+                return slots.save(tensor, self._frame)
+            tensors = slots.tensors  # as `Slots.save`: most come here
+            tensors.append(tensor)
+            slots.versions.append(tensor._version)
+            return SlotHandle((self._frame, slots, len(tensors) - 1))
         with self._lock:  # an inner backward has a thread for each device
             self._threads.add(get_ident())
             return self._slots.save(tensor, self._frame)
@@ -169,14 +175,16 @@ class Filling(Packer):
     Args:
         slots: what it fills.
         stop: how many tensors it is to save; it ends then. -1: all.
+        entry: what to keep of a tensor that is saved at a place; ``None``: it, without its graph.
 
     Attributes:
         saved: what it has saved so far.
     """
 
-    __slots__ = ("_lock", "saved", "slots", "stop")
+    __slots__ = ("_entry", "_lock", "saved", "slots", "stop")
 
-    def __init__(self, slots: Slots, stop: int = -1) -> None:
+    def __init__(self, slots: Slots, stop: int = -1, entry: Callable[[Tensor, int], Tensor | Source] | None = None) -> None:
+        self._entry = entry
         self.slots: Slots | None = slots  # until it has run: a buffer may keep its graph, and with it the hook
         self.stop = stop
         self.saved: list[Any] = []
@@ -204,15 +212,17 @@ class Filling(Packer):
             index = len(self.saved)
             if index == self.stop:  # all is there; this is code that cleans up
                 return without_graph(tensor)
-            entry = self.entry(tensor, index)
+            entry: Tensor | Source
+            if self._entry is not None:
+                entry = self._entry(tensor, index)
+            elif type(tensor) is Tensor:  # as `without_graph`
+                entry = tensor.detach() if tensor.requires_grad else tensor
+            else:
+                entry = without_graph(tensor)
             self.saved.append(entry)
         if index + 1 == self.stop:
             raise EnoughError
         return entry
-
-    def entry(self, tensor: Tensor, index: int) -> Tensor | Source:
-        """What to keep of a tensor that is saved."""
-        return without_graph(tensor)
 
     def save(self, tensor: Tensor) -> Give:
         """Save an argument of a call inside, as any operation saves what it needs; the function gives it back."""

@@ -84,21 +84,22 @@ class Slots:
         "_packed",
         "_raw",
         "_rebuilt",
-        "_versions",
         "asked",
         "live",
+        "plain",
         "position",
         "statistics",
         "stream",
         "tensors",
         "transient",
+        "versions",
     )
 
     def __init__(self, frame: Frame, position: int) -> None:
         self._frame = weakref.ref(frame)
         self._ledger = frame.run.ledger
         self._alive = bytearray()  # whether the handle may still ask
-        self._versions: list[int] = []  # of what is there now
+        self.versions: list[int] = []  # of what is there now
         self._kinds = bytearray()
         self._looks: list[_Expected] = []
         self._keys: list[int] = []  # of the storages that the ledger counts one by one; 0 for none
@@ -109,6 +110,7 @@ class Slots:
         self._outputs: list[tuple[Tensor, int]] = []  # version counters of what was returned, and what they said
         self.asked = False  # whether forward itself has read one of them: it took a gradient
         self.live = 0  # handles of slots that are not passed
+        self.plain = True  # tensors are held as they are; else it is handles that are held
         self.position = position
         self.statistics: Statistics | None = None  # which a replay need not compute
         self.stream: Any = None  # on which they were filled
@@ -124,10 +126,9 @@ class Slots:
 
     def save(self, tensor: Tensor, frame: Frame) -> SlotHandle:
         """Pack a tensor that was saved during forward."""
-        tensors = self.tensors
-        tensors.append(tensor)
-        self._versions.append(tensor._version if type(tensor) is Tensor else version_of(tensor))
-        return SlotHandle(frame, self, len(tensors) - 1)
+        self.tensors.append(tensor)
+        self.versions.append(version_of(tensor))
+        return SlotHandle((frame, self, len(self.tensors) - 1))
 
     def close(self, frame: Frame, facts: Facts, key: object, output: Any = None) -> None:
         """After the code has run: tell what is passed, and what a replay has to save again.
@@ -148,7 +149,7 @@ class Slots:
         self.live = foreseen.live
         self._rebuilt = foreseen.rebuilt
         frame.saves_input |= foreseen.saves_input
-        self._outputs = [(version_probe(self.tensors[index]), self._versions[index]) for index in foreseen.outputs]
+        self._outputs = [(version_probe(self.tensors[index]), self.versions[index]) for index in foreseen.outputs]
         self._packed = foreseen.packed
         self._ledger.pack(foreseen.packed)
         frame.run.note_saved(len(self.tensors))
@@ -159,13 +160,15 @@ class Slots:
         if len(tensors) != len(looks):
             return False
         inputs = frame.input_keys
-        for tensor, version, look in zip(tensors, self._versions, looks, strict=True):
+        for tensor, version, look in zip(tensors, self.versions, looks, strict=True):
             if isinstance(look, int):
                 if not _is_passed_as(tensor, look):
                     return False
                 continue
-            expected, is_input = look
-            if tensor is None or tensor._version != version or looks_of(tensor) != expected:
+            (shape, stride, dtype, device), is_input = look
+            if tensor is None or tensor._version != version or tensor.shape != shape or tensor.dtype is not dtype:
+                return False
+            if tensor.stride() != stride or tensor.device != device:
                 return False
             if is_input and tensor.untyped_storage()._cdata not in inputs:
                 return False
@@ -226,7 +229,7 @@ class Slots:
         if tensor is None:
             raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
         version = tensor._version if type(tensor) is Tensor else version_of(tensor)
-        if version != self._versions[index]:
+        if version != self.versions[index]:
             raise self._modified(index, tensor)
         if tensor.requires_grad:
             return without_graph(tensor)
@@ -334,12 +337,7 @@ class Slots:
 
     def _damaged(self) -> int | None:
         for index, tensor in enumerate(self.tensors):
-            if (
-                tensor is not None
-                and index < len(self._alive)
-                and self._alive[index]
-                and tensor._version != self._versions[index]
-            ):
+            if tensor is not None and index < len(self._alive) and self._alive[index] and tensor._version != self.versions[index]:
                 return index
         return None
 
@@ -404,9 +402,18 @@ class Slots:
     def _accept(self, saved: list[Tensor] | list[Tensor | None]) -> None:
         self._check_count(len(saved))
         self.release()
-        for index, tensor in enumerate(saved):
-            if tensor is not None and self._verify(index, tensor) and self._alive[index]:  # of a tail, and passed: None
-                self.tensors[index] = tensor
+        tensors, alive, versions = self.tensors, self._alive, self.versions
+        for index, (tensor, looks) in enumerate(zip(saved, self._looks, strict=True)):
+            if tensor is None:  # of a tail, and passed
+                continue
+            if type(looks) is tuple and not looks[1] and type(tensor) is Tensor and tensor._version == versions[index]:
+                shape, stride, dtype, _ = looks[0]  # as `_verify`: most come here
+                if tensor.shape == shape and tensor.dtype is dtype and tensor.stride() == stride:
+                    if alive[index]:
+                        tensors[index] = tensor
+                    continue
+            if self._verify(index, tensor) and alive[index]:
+                tensors[index] = tensor
         self._count_bulk(self._rebuilt if self.live else 0)
         saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
 
@@ -426,11 +433,11 @@ class Slots:
             raise self._looks_different(expected, tensor, index)
         version = tensor._version
         if is_input:  # whose version differs at replay
-            self._versions[index] = version
-        elif version != self._versions[index] and self._alive[index]:
+            self.versions[index] = version
+        elif version != self.versions[index] and self._alive[index]:
             if self._keys and tensor.untyped_storage()._cdata == self._keys[index]:
                 raise self._modified(index, tensor)
-            self._versions[index] = version  # a replay has made it, and another layout of its input may take one more step
+            self.versions[index] = version  # a replay has made it, and another layout of its input may take one more step
         return True
 
     def _check_passed(self, tensor: Tensor, key: int, index: int) -> None:
@@ -461,7 +468,7 @@ class Slots:
     def _modified(self, index: int, tensor: Tensor) -> ModifiedError:
         passed = index < len(self._looks) and type(self._looks[index]) is int
         what = f"a parameter, buffer or leaf in {self._label}" if passed else f"slot {index} of {self._label}"
-        return modified(what, tensor.shape, self._versions[index], version_of(tensor))
+        return modified(what, tensor.shape, self.versions[index], version_of(tensor))
 
     def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
         names = ("shape", "stride", "dtype", "device")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from revhooks.nn import ReversibleSequential
-from revhooks.runtime.guard import relative_error
+from revhooks.runtime.policy.guard import relative_error
 
 ROOT = Path(__file__).parent.parent
 CASES = [(0.5, 32), (1.0, 32), (1.0, 96), (2.0, 96)]

@@ -39,7 +39,6 @@ from torch.utils.checkpoint import checkpoint
 
 import revhooks
 import revhooks.runtime.packing
-import revhooks.runtime.statistics
 import revhooks.storage
 from revhooks.nn import AdditiveCoupling, ReversibleSequential
 from revhooks.profile.meters import alternate
@@ -53,7 +52,7 @@ Step = Callable[[], None]
 def everything_far() -> None:
     """No tensor is too small, and every device is one whose values take long to read."""
     revhooks.runtime.packing.SMALL = 0
-    revhooks.runtime.statistics.WORTH = revhooks.storage._LARGE = 0
+    revhooks.storage._LARGE = 0
     revhooks.storage._NEAR = frozenset()
 
 

@@ -37,8 +37,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from revhooks import reversible
-from revhooks.runtime import lane, learning, offload, run
-from revhooks.runtime.movers import Copy
+from revhooks.runtime import run
+from revhooks.runtime.offload import lane, learning
+from revhooks.runtime.offload import parked as offload
+from revhooks.runtime.offload.movers import Copy
 from revhooks.storage import is_leaf
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from revhooks.runtime.movers import Copy, Mover
+from revhooks.runtime.offload.movers import Copy, Mover
 
 SCALE = 1000
 QUEUE = 400  # layers that the host may be ahead: a thousand kernels or so

@@ -19,9 +19,9 @@ from .errors import RegistrationError, RevhooksError, explain
 from .generators import RngTracker
 from .nn.coupling import Coupling
 from .registry import Registration, lookup
-from .runtime.guard import relative_error, tolerance
-from .runtime.interpose import branches_of, has_registered_parts
-from .runtime.ways import in_order, judge, places_of, split, ways
+from .runtime.frames.interpose import branches_of, has_registered_parts
+from .runtime.policy.guard import relative_error, tolerance
+from .runtime.policy.ways import in_order, judge, places_of, split, ways
 
 __all__ = ["CheckResult", "check"]
 

@@ -16,11 +16,11 @@ from . import nn as _layers  # noqa: F401 - registers the package's own layers
 from . import private  # noqa: F401 - refuses a torch that lacks what the runtime imports
 from .errors import RegistrationError, explain
 from .registry import ACTIVE
-from .runtime.budget import parse_bytes
-from .runtime.local import surrounding
+from .runtime.frames.replay import Region
+from .runtime.handles.local import surrounding
 from .runtime.named import bracket
-from .runtime.plan import predicate
-from .runtime.replay import Region
+from .runtime.policy.budget import parse_bytes
+from .runtime.policy.plan import predicate
 from .runtime.run import Run
 from .saved import Source
 from .tracing import hide, hide_all

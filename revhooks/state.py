@@ -134,6 +134,10 @@ _Owner = dict[str, Tensor | None]  # a module's ``_parameters`` or ``_buffers``
 _mutable: weakref.WeakKeyDictionary[nn.Module, dict[bool, frozenset[str]]] = weakref.WeakKeyDictionary()
 
 
+# In place of buffers that are overwritten: module -> name -> what replays write to.
+_scratches: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
 def _overwrites_unread(module: nn.Module) -> bool:
     """Whether the module's statistics are written in this call and not read by it.
 
@@ -321,8 +325,9 @@ class Buffers:
         frozen = [t for t, grad in zip(self._read, self._grads, strict=True) if t.requires_grad is not grad]
         for tensor in frozen:
             tensor.requires_grad_(not tensor.requires_grad)
+        scratches = {id(module._buffers): _scratches.setdefault(module, {}) for module in self.overwritten}
         for owner, name, buffer in now[: len(self._written)]:
-            owner[name] = None if buffer is None else copy_of(buffer)
+            owner[name] = None if buffer is None else _scratch_for(buffer, name, scratches[id(owner)])
         for owner, name, before, _ in self._before:
             owner[name] = clone_of(before)  # no leaf, where it carries gradients: it may be written to
         try:
@@ -333,6 +338,16 @@ class Buffers:
             for owner, name, buffer in now:
                 owner[name] = buffer
             _switch(self._modules, modes)
+
+
+def _scratch_for(buffer: Tensor, name: str, scratch: dict[str, Tensor]) -> Tensor:
+    """What replays may write to in the place of a buffer that they do not read: the same each time."""
+    if type(buffer) is not Tensor or not _is_readable(buffer):
+        return copy_of(buffer)
+    found = scratch.get(name)
+    if found is None or found.shape != buffer.shape or found.dtype is not buffer.dtype or found.device != buffer.device:
+        found = scratch[name] = torch.zeros_like(buffer)
+    return found
 
 
 _DICTS = (dict, OrderedDict)

@@ -18,7 +18,9 @@ import revhooks
 from revhooks import storage
 from revhooks.record import Stats
 from revhooks.registry import entries_of
-from revhooks.runtime import guard, packing, plan, statistics
+from revhooks.runtime import packing
+from revhooks.runtime.policy import guard, plan
+from revhooks.runtime.recompute import statistics
 from tests.devices import (  # noqa: F401 - pytest looks for hooks and fixtures here
     _as_an_accelerator,
     pytest_addoption,

@@ -15,8 +15,8 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import RegistrationError
 from revhooks.runtime import packing
-from revhooks.runtime.budget import parse_bytes
-from revhooks.runtime.recipe import recipe_of
+from revhooks.runtime.policy.budget import parse_bytes
+from revhooks.runtime.recompute.recipe import recipe_of
 from tests.conftest import Count, Counts, Notes, calls
 
 

@@ -12,7 +12,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import RegistrationError
 from revhooks.registry import ACTIVE
-from revhooks.runtime.local import packer
+from revhooks.runtime.handles.local import packer
 from tests.conftest import compare, mlp
 from tests.devices import generator
 

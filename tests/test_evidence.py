@@ -15,7 +15,7 @@ import revhooks
 from revhooks.errors import InversionError, ModifiedError, ReplayError
 from revhooks.fingerprint import _weigh_words, fingerprint
 from revhooks.nn import AdditiveCoupling, AffineCoupling, ReversibleSequential
-from revhooks.runtime import recipe
+from revhooks.runtime.recompute import recipe
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.int32, torch.uint8]
 

@@ -24,6 +24,12 @@ FLOORS = {
     "checking": 10, "profile": 10,
     "cli": 11, "__main__": 12,
 }  # fmt: skip
+RUNTIME = {
+    "passes": 0, "transforms": 0, "tree": 0,
+    "policy": 1, "offload": 2, "handles": 3, "recompute": 4, "calls": 5, "frames": 6,
+    "named": 7, "packing": 7, "whole": 7,
+    "run": 8,
+}  # fmt: skip
 REPORT_MAY = {"record"}  # and rich
 
 
@@ -31,24 +37,22 @@ def floor_name(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path, *, runtime_only: bool = True) -> set[str]:
-    """What of the package a file imports, by the first part of its name; imports for types only do not count."""
+def modules(path: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that a file imports, as parts of their names; those for types only among them."""
     found = set()
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(n)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for n in ast.walk(node)
-    }
     here = path.relative_to(PACKAGE).parts[:-1]
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in skipped:
-            continue
-        base = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
-        base = tuple(part for part in base if part)
-        found.update([base[0]] if base else [alias.name for alias in node.names])
-    return found
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) - node.level + 1], *filter(None, (node.module or "").split(".")))
+            for alias in node.names:
+                inner = PACKAGE.joinpath(*base, alias.name)
+                found.add((*base, alias.name) if inner.is_dir() or inner.with_suffix(".py").exists() else base)
+    return found - {()}
+
+
+def imports(path: Path) -> set[str]:
+    """What of the package a file imports, by the first part of its name."""
+    return {parts[0] for parts in modules(path)}
 
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -63,6 +67,26 @@ def test_imports_go_down(path: Path) -> None:
         return
     assert not {name for name in used - {"report"} if FLOORS[name] >= FLOORS[here]}
     assert "report" not in used or here == "cli"
+
+
+IN_RUNTIME = [path for path in FILES if path.parts[len(PACKAGE.parts)] == "runtime" and path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", IN_RUNTIME, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_folders_of_the_runtime_have_floors(path: Path) -> None:
+    """What is imported for types counts as well: nothing knows what is above it."""
+    here = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
+    used = {parts[1] for parts in modules(path) if parts[0] == "runtime" and len(parts) > 1} - {here}
+    assert not {name for name in used if RUNTIME[name] >= RUNTIME[here]}
+
+
+def test_no_two_files_of_the_runtime_import_each_other() -> None:
+    """Nor many in a circle, within a folder either."""
+    left = {path.relative_to(PACKAGE).with_suffix("").parts: modules(path) for path in IN_RUNTIME}
+    while free := [name for name, used in left.items() if not used & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
 
 
 def test_report_and_record_do_not_need_torch() -> None:

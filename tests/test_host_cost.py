@@ -18,7 +18,9 @@ from bench.ordinary_measure import Contender, accounted, peer
 from bench.ordinary_models import GPTBlock, gpt
 from revhooks import nn as rnn
 from revhooks.errors import ModifiedError, ReplayError
-from revhooks.runtime import evidence, recipe, whole
+from revhooks.runtime import whole
+from revhooks.runtime.handles import evidence
+from revhooks.runtime.recompute import recipe
 from revhooks.saved import Leaf, Saved
 from tests.test_accelerator import Block
 from tests.test_stats import saved_by_plain_autograd

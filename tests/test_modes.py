@@ -18,8 +18,8 @@ from revhooks import capture, generators, precision
 from revhooks import nn as rnn
 from revhooks.errors import FallbackWarning
 from revhooks.precision import coarse, precision_of, restored
-from revhooks.runtime.frame import Frame
-from revhooks.runtime.guard import is_again, tolerance
+from revhooks.runtime.frames.frame import Frame
+from revhooks.runtime.policy.guard import is_again, tolerance
 from tests.conftest import Notes
 from tests.test_threads import in_thread, same
 
@@ -164,9 +164,10 @@ torch.set_default_device("meta")
 import torch.nn as nn
 import revhooks
 from revhooks import nn as rnn
-from revhooks.runtime import offload
+from revhooks.runtime.offload import parked as offload
 from revhooks import storage, state
-from revhooks.runtime import packing, codes
+from revhooks.runtime import packing
+from revhooks.runtime.handles import codes
 packing.SMALL = codes.LEAST = 0
 cpu = torch.device("cpu")
 x = torch.randn(4, 8, 6, 6, device="cpu", generator=torch.Generator("cpu").manual_seed(0))

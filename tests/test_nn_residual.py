@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import revhooks
-from revhooks.errors import (
-    BackwardError,
-    FallbackWarning,
-    InversionError,
-    RegistrationError,
-    RevhooksError,
-    ShapeError,
-)
+from revhooks.errors import BackwardError, FallbackWarning, InversionError, RegistrationError, RevhooksError, ShapeError
 from revhooks.nn import InvertibleResidual, contract, conv_singular_values, lipschitz_bound, spectral
 from revhooks.nn.spectral import SpectralLayer
 from tests.conftest import Counts, assert_same, compare, step

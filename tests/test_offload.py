@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import ModifiedError
-from revhooks.runtime import offload
-from revhooks.runtime.movers import Copy, Leaving, Mover
+from revhooks.runtime.offload import parked as offload
+from revhooks.runtime.offload.movers import Copy, Leaving, Mover
 from tests.conftest import conv_branch, mlp
 from tests.devices import DEVICE
 

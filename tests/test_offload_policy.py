@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import revhooks
 from bench.offload_device import SCALE, Device, Layer, Mark, Simulated, forward
-from revhooks.runtime import lane, learning, offload
-from revhooks.runtime.schedule import Timeline, choose, schedule
+from revhooks.runtime.offload import lane, learning
+from revhooks.runtime.offload import parked as offload
+from revhooks.runtime.offload.schedule import Timeline, choose, schedule
 from tests.test_offload import nets
 
 pytestmark = pytest.mark.cpu(reason="a simulated device")

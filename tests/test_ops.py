@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import revhooks
 from revhooks.errors import ModifiedError, ReplayError
-from revhooks.runtime import codes, recipe
-from revhooks.runtime.recipe import TRUSTED
+from revhooks.runtime.handles import codes
+from revhooks.runtime.recompute import recipe
+from revhooks.runtime.recompute.recipe import TRUSTED
 from tests.devices import DEVICE, generator
 
 Net = Callable[[Tensor], Tensor]

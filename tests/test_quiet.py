@@ -104,7 +104,7 @@ def test_ordinary_code_is_quiet(name: str) -> None:
 
 
 def test_quiet_code_is_not_looked_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("revhooks.runtime.branch.undone", None)
+    monkeypatch.setattr("revhooks.runtime.calls.state.undone", None)
     net = nn.Sequential(*[Attention() for _ in range(3)])
     with revhooks.reversible(replay=Attention):
         net(torch.randn(2, 3, WIDTH)).sum().backward()

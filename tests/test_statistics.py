@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import revhooks
 from revhooks import nn as rnn
 from revhooks.errors import ReplayError
-from revhooks.runtime import statistics
+from revhooks.runtime.recompute import statistics
 from tests.conftest import Notes
 from tests.devices import DEVICE
 

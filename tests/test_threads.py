@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import revhooks
 from revhooks import nn as rnn
 from revhooks.registry import ACTIVE
-from revhooks.runtime import local
-from revhooks.runtime.local import packer, pop_hooks, push_hooks, top_hooks
+from revhooks.runtime.handles import local
+from revhooks.runtime.handles.local import packer, pop_hooks, push_hooks, top_hooks
 from tests.conftest import Notes, mlp
 
 

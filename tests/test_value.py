@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from revhooks.runtime.handles.value import Value
 from revhooks.runtime.run import Run
-from revhooks.runtime.value import Value
 from revhooks.storage import Held, Ledger
 
 

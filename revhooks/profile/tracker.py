@@ -19,7 +19,7 @@ from ..context import reversible
 from ..errors import TargetError, explain
 from ..record import ModuleRow, Report, Stats, Step, WorstError
 from ..registry import lookup
-from ..runtime.guard import relative_error
+from ..runtime.policy.guard import relative_error
 from ..runtime.run import Run
 from ..storage import is_leaf, is_opaque, own_storage_key
 from .meters import AccountedMeter, alternate, cuda_peak

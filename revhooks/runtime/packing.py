@@ -20,20 +20,20 @@ from ..ops import is_operation
 from ..saved import Counted, Leaf, Odd, Saved, Source, View
 from ..storage import Geometry, Held, is_leaf, is_opaque, storage_key
 from ..tracing import untraced
-from . import codes
-from .codes import fewest
-from .dropped import Bringer, Dropped
-from .evidence import inversions, rotation
-from .local import Packer
-from .offload import HeldAway, Parked
+from .handles import codes
+from .handles.codes import fewest
+from .handles.dropped import Bringer, Dropped
+from .handles.evidence import inversions, rotation
+from .handles.local import Packer
+from .handles.shared import Shared
+from .handles.value import Value, Values
+from .offload.parked import HeldAway, Parked
 from .passes import NO_PASS, current_pass
-from .places import Places, places_of
-from .recipe import LOOKS, Recipe, looks, recipe_of
-from .shared import Shared
-from .value import Value, Values
+from .policy.places import Places, places_of
+from .recompute.recipe import LOOKS, Recipe, looks, recipe_of
 
 if TYPE_CHECKING:
-    from .lean import LeanSlots
+    from .handles.protocols import Inside
 
 __all__ = ["Packing"]
 
@@ -238,7 +238,7 @@ class Packing(Packer):
         self._fresh.append(_reference(handle))
         return handle
 
-    def pack_inside(self, tensor: Tensor, slots: LeanSlots, index: int, what: str) -> Source:
+    def pack_inside(self, tensor: Tensor, slots: Inside, index: int, what: str) -> Source:
         """The tensor saved at a place of a frame that recomputes what cheap operations make; the frame counts its bytes."""
         if is_leaf(tensor):
             return Leaf(tensor)

@@ -23,20 +23,20 @@ from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import is_opaque, storage_key
 from ..tracing import is_traced
-from .arguments import runs_out
-from .coupling import CouplingFrame
-from .frame import ORDINARY, REMEDIES, Frame
-from .interpose import has_registered_parts
-from .lean import LeanSlots
-from .local import packer, pop_hooks, push_hooks, surrounding, unpack
-from .newest import Newest
-from .opaque import OpaqueFrame
+from .calls.arguments import runs_out
+from .frames.coupling import CouplingFrame
+from .frames.frame import ORDINARY, REMEDIES, Frame
+from .frames.interpose import has_registered_parts
+from .frames.newest import Newest
+from .frames.opaque import OpaqueFrame
+from .frames.replay import FunctionModule, Region, ReplayFrame
+from .frames.slots import Slots
+from .handles.local import packer, pop_hooks, push_hooks, surrounding, unpack
+from .handles.shared import Shared
 from .packing import Packing
 from .passes import NO_PASS, current_pass, is_retained
-from .plan import Fallback, Predicate
-from .replay import FunctionModule, Region, ReplayFrame
-from .shared import Shared
-from .slots import Slots
+from .policy.guard import Fallback
+from .policy.plan import Predicate
 from .transforms import make_room
 from .tree import leaves_of
 from .whole import FITS, WholeCalls
@@ -245,11 +245,6 @@ class Run(Packing):
     def name_blocks(self, name_of: Callable[[nn.Module], str]) -> None:
         """Call blocks by their module paths."""
         self._name_of = name_of
-
-    def slots(self, frame: Frame, position: int, *, replayed: bool = False) -> Slots:
-        """Slots for a stretch of a frame; where it may stay for long, or is run again, they hold what recipes start from only."""
-        lean = self.shared.ops and (replayed or self.budget.limit > 0)
-        return LeanSlots(frame, position, stays=frame.stays) if lean else Slots(frame, position)
 
     # -- backward
 

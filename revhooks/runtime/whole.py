@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,27 @@ from ..registry import ACTIVE
 from ..state import modules_of
 from ..storage import Ledger
 from ..tracing import is_traced
-from .local import packer, pop_hooks, push_hooks
+from .frames.home import Home
+from .handles.local import packer, pop_hooks, push_hooks
 from .passes import EVERYTHING, is_retained
 from .tree import leaves_of, tensors_of
 
 if TYPE_CHECKING:
-    from .run import Run
-    from .shared import Shared
+    from .handles.shared import Shared
 
 __all__ = ["FITS", "WholeCalls"]
+
+
+class Caller(Home, Protocol):
+    """A run, as far as it is asked here."""
+
+    place: Callable[[], str] | None  # says where in the model a tensor is saved
+
+    @property
+    def options(self) -> object:
+        """What a run with the same ones does alike."""
+        ...
+
 
 FITS = "saved as in plain autograd: the budget has room for all of it"
 LEARN = 3  # calls of a kind that are watched
@@ -86,7 +98,7 @@ class WholeCalls:
         is_open: whether one is being made.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Caller) -> None:
         self._run = weakref.ref(run)
         self.is_open = False
         self._watched: list[tuple[_Kind, int]] = []  # whose need is known when backward begins
@@ -95,7 +107,8 @@ class WholeCalls:
     def call(self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module, by a function of its arguments; as it is, if that is known to be right."""
         run = self._run()
-        if run is None or not torch.is_grad_enabled() or packer() is not run or run.place is not None or is_traced():
+        around: object = packer()
+        if run is None or not torch.is_grad_enabled() or around is not run or run.place is not None or is_traced():
             return call(args, kwargs)
         self.is_open = True
         try:
@@ -117,14 +130,14 @@ class WholeCalls:
         return shared.offload is None and (shared.budget.limit > 0 or not shared.ops)
 
     @staticmethod
-    def _is_nothing_to_do(run: Run, kind: _Kind) -> bool:
+    def _is_nothing_to_do(run: Caller, kind: _Kind) -> bool:
         budget = run.budget
         if budget.limit:
             return kind.need is not None and run.ledger.held + kind.need <= budget.limit
         return not kind.frames and not run.shared.ops
 
     def _as_it_is(
-        self, run: Run, kind: _Kind, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, run: Caller, kind: _Kind, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         active, ACTIVE.run = ACTIVE.run, None
         pop_hooks()
@@ -143,7 +156,7 @@ class WholeCalls:
                 break
         return output
 
-    def _watch(self, run: Run, kind: _Kind, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _watch(self, run: Caller, kind: _Kind, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ledger, frames, evicted = run.ledger, run.ordinal, run.budget.evicted
         held, packed = ledger.all_held, ledger.all_packed
         output = call(args, kwargs)
@@ -157,7 +170,7 @@ class WholeCalls:
         self._watched.append((kind, held))
         return output
 
-    def learn(self, run: Run) -> None:
+    def learn(self, run: Caller) -> None:
         """Backward begins: here most is held."""
         for kind, before in self._watched:
             if kind.need is not None:
@@ -176,7 +189,7 @@ class _Begun:
 
     __slots__ = ("_run", "_whole")
 
-    def __init__(self, run: Run, whole: Whole) -> None:
+    def __init__(self, run: Caller, whole: Whole) -> None:
         self._run = weakref.ref(run)
         self._whole = weakref.ref(whole)
 
@@ -186,7 +199,7 @@ class _Begun:
             run.passes.purge_later(whole, EVERYTHING)
 
 
-def _kind_of(run: Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Kind | None:
+def _kind_of(run: Caller, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Kind | None:
     """What is known of such calls; ``None`` where a compiler is at work, which compiles anew without hooks."""
     modules = modules_of([module])
     if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in modules):

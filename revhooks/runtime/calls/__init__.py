@@ -1,0 +1,1 @@
+"""What a call depends on, so that it can be repeated."""

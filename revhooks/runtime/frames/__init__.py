@@ -1,0 +1,1 @@
+"""Frames: one forward call of one block, and how it is rebuilt."""

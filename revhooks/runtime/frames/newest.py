@@ -1,0 +1,50 @@
+"""The newest block: it is kept until backward comes, which spares one rebuild, unless that makes the peak (Rule 17)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ...storage import Ledger
+    from .frame import Frame
+
+__all__ = ["Newest"]
+
+LEAST, SHARE = 1 << 20, 64  # bytes, and a part of the peak, for less than which a rebuild is not worth it
+
+
+class Newest:
+    """Whether to keep the newest block in the next step, learned from this one.
+
+    Backward begins with all that is held, the newest block and what came after it, a language model's head say. The next peak
+    is there when the block before it has been rebuilt: most that was held for the head is gone by then.
+
+    Args:
+        frame: of the newest block.
+        ledger: of its run, at the beginning of backward.
+    """
+
+    __slots__ = ("_begin", "_facts", "_ledger", "_limit", "_ordinal", "_saved", "_stayed")
+
+    def __init__(self, frame: Frame, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._begin = ledger.all_held
+        self._facts = frame.facts
+        self._limit = frame.run.budget.limit
+        self._ordinal = frame.ordinal
+        self._stayed = not frame.released
+        self._saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
+
+    def compare(self, ordinal: int) -> bool:
+        """A block was rebuilt: whether that was another one, so that it is known now."""
+        if ordinal >= self._ordinal:
+            return False
+        peak = self._ledger.all_held
+        kept = self._begin if self._stayed else self._begin + self._saved
+        gain = kept - max(peak, kept - self._saved)  # by which the peak is lower without it
+        worth = max(LEAST, kept // SHARE)
+        if self._stayed and gain >= worth:
+            self._facts.learn_stays(self._limit, False)
+        elif not self._stayed and 2 * gain < worth:
+            self._facts.learn_stays(self._limit, True)
+        return True

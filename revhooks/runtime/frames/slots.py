@@ -1,0 +1,513 @@
+"""Slots: the tensors that one stretch of code saved, and a replay of it saves again."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ModifiedError, ReplayError, explain
+from ...kinds import without_graph
+from ...saved import Source, modified
+from ...storage import is_leaf, is_opaque, is_parameter, storage_key, version_of, version_probe
+from ...streams import follow, stream_of
+from ..handles.local import EnoughError, Filling, pop_hooks, push_hooks
+from ..handles.slot import SlotHandle
+from ..policy.guard import is_again
+from ..tree import leaves_of
+
+if TYPE_CHECKING:
+    from ..policy.plan import Facts
+    from ..policy.sketch import Elements
+    from ..recompute.statistics import Statistics
+    from ..recompute.tail import Tail
+    from .home import Framed
+
+__all__ = ["ALONE", "DEAD", "EnoughError", "Foreseen", "Slots", "kind_of", "looks_of"]
+
+_T = TypeVar("_T")
+_Looks = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+_Expected = tuple[_Looks, bool] | int  # what a slot looks like and whether it lies in the frame's input; of a passed one its key
+
+_SHAPES = 16  # for which it is remembered what calls of one piece of code save
+ALONE, DEAD = -1, -2  # in place of looks: a tensor that is left alone, one that nobody can ask for any more
+
+
+class Foreseen:
+    """What one call has saved, as the next ones will: then only what differs has to be looked for.
+
+    Attributes:
+        looks: of each tensor, whether it lies in the frame's input; of a passed one its storage's key.
+        alive: whether it is brought back by a replay.
+        kinds: `kind_of` each.
+        live: how many are brought back.
+        packed: bytes that plain autograd would hold for them, and for no slots of the frame before.
+        rebuilt: bytes that they take when they are brought back.
+        saves_input: whether one lies in the frame's input.
+        outputs: which lie in the memory of what the call returned.
+    """
+
+    __slots__ = ("alive", "kinds", "live", "looks", "outputs", "packed", "rebuilt", "saves_input")
+
+    def __init__(self) -> None:
+        self.looks: list[_Expected] = []
+        self.alive = bytearray()
+        self.kinds = bytearray()
+        self.live = 0
+        self.packed = 0
+        self.rebuilt = 0
+        self.saves_input = False
+        self.outputs: tuple[int, ...] = ()
+
+
+class Slots:
+    """What one stretch of code saved: a branch, or the glue around branches.
+
+    In forward `save` takes the tensors and `close` looks at them. Then they are let go of, if earlier calls have shown that
+    they will be before backward comes, or held (`hold`). A replay of the same code, run by `fill`, saves them again (Rule 9).
+    Parameters, buffers, other leaves and opaque tensors are *passed*: they are never let go of.
+    """
+
+    __slots__ = (
+        "_alive",
+        "_bulk",
+        "_frame",
+        "_keys",
+        "_kinds",
+        "_ledger",
+        "_looks",
+        "_outputs",
+        "_packed",
+        "_raw",
+        "_rebuilt",
+        "asked",
+        "live",
+        "plain",
+        "position",
+        "statistics",
+        "stream",
+        "tensors",
+        "transient",
+        "versions",
+    )
+
+    def __init__(self, frame: Framed, position: int) -> None:
+        self._frame = weakref.ref(frame)
+        self._ledger = frame.run.ledger
+        self._alive = bytearray()  # whether the handle may still ask
+        self.versions: list[int] = []  # of what is there now
+        self._kinds = bytearray()
+        self._looks: list[_Expected] = []
+        self._keys: list[int] = []  # of the storages that the ledger counts one by one; 0 for none
+        self._bulk = 0  # bytes that it counts for all
+        self._packed = 0  # bytes that plain autograd would hold
+        self._rebuilt = 0  # bytes that they take when they are brought back
+        self._raw = True  # while the call runs what is there still has its graph
+        self._outputs: list[tuple[Tensor, int]] = []  # version counters of what was returned, and what they said
+        self.asked = False  # whether forward itself has read one of them: it took a gradient
+        self.live = 0  # handles of slots that are not passed
+        self.plain = True  # tensors are held as they are; else it is handles that are held
+        self.position = position
+        self.statistics: Statistics | None = None  # which a replay need not compute
+        self.stream: Any = None  # on which they were filled
+        self.tensors: list[Any] = []  # tensors, or what gives them
+        self.transient = False  # filled for one pass of a graph that is retained
+
+    @property
+    def frame(self) -> Framed | None:
+        """Whose they are, as long as it is there."""
+        return self._frame()
+
+    # -- forward
+
+    def save(self, tensor: Tensor, frame: Framed) -> SlotHandle:
+        """Pack a tensor that was saved during forward."""
+        self.tensors.append(tensor)
+        self.versions.append(version_of(tensor))
+        return SlotHandle((frame, self, len(self.tensors) - 1))
+
+    def close(self, frame: Framed, facts: Facts, key: object, output: Any = None) -> None:
+        """After the code has run: tell what is passed, and what a replay has to save again.
+
+        Args:
+            frame: whose they are.
+            facts: of the code.
+            key: calls with the same one mostly save the same.
+            output: what it returned.
+        """
+        foreseen = facts.foreseen.get((self.position, key))
+        if foreseen is None or not self._is_as(foreseen, frame):
+            if len(facts.foreseen) > _SHAPES:
+                facts.foreseen.clear()
+            foreseen = facts.foreseen[self.position, key] = self._look(frame, output)
+        self._looks, self._kinds = foreseen.looks, foreseen.kinds
+        self._alive = bytearray(foreseen.alive)
+        self.live = foreseen.live
+        self._rebuilt = foreseen.rebuilt
+        frame.saves_input |= foreseen.saves_input
+        self._outputs = [(version_probe(self.tensors[index]), self.versions[index]) for index in foreseen.outputs]
+        self._packed = foreseen.packed
+        self._ledger.pack(foreseen.packed)
+        frame.run.note_saved(len(self.tensors))
+
+    def _is_as(self, foreseen: Foreseen, frame: Framed) -> bool:
+        """Whether what was saved is what was foreseen, and was not modified since."""
+        tensors, looks = self.tensors, foreseen.looks
+        if len(tensors) != len(looks):
+            return False
+        inputs = frame.input_keys
+        for tensor, version, look in zip(tensors, self.versions, looks, strict=True):
+            if isinstance(look, int):
+                if not _is_passed_as(tensor, look):
+                    return False
+                continue
+            (shape, stride, dtype, device), is_input = look
+            if tensor is None or tensor._version != version or tensor.shape != shape or tensor.dtype is not dtype:
+                return False
+            if tensor.stride() != stride or tensor.device != device:
+                return False
+            if is_input and tensor.untyped_storage()._cdata not in inputs:
+                return False
+        return True
+
+    def _look(self, frame: Framed, output: Any) -> Foreseen:
+        """Look at everything."""
+        found, external, inputs = Foreseen(), frame.external, frame.input_keys
+        outputs = {storage_key(t) for t in leaves_of(output) if isinstance(t, Tensor) and not is_opaque(t)}
+        own: dict[int, int] = {}
+        places = []
+        for index, tensor in enumerate(self.tensors):
+            kind = 0 if tensor is None else kind_of(tensor)
+            found.kinds.append(kind)
+            storage = tensor.untyped_storage() if tensor is not None and not is_opaque(tensor) else None
+            key = storage._cdata if storage is not None else DEAD if tensor is None else ALONE
+            is_input = key in inputs
+            if storage is None or (not is_input and (kind or key in external)):
+                found.looks.append(key)
+                found.alive.append(0)
+                continue
+            found.looks.append((looks_of(tensor), is_input))
+            found.alive.append(1)
+            found.saves_input |= is_input
+            if key in outputs:
+                places.append(index)
+            own[key] = storage.nbytes()
+        found.live = sum(found.alive)
+        found.outputs = tuple(places)
+        found.rebuilt = sum(size for key, size in own.items() if key not in inputs)
+        found.packed = sum(size for key, size in own.items() if key not in frame.packed)
+        frame.packed.update(own)
+        return found
+
+    def hold(self) -> None:
+        """Hold what was saved until backward comes, or the next block opens: without its graph (Rule 2)."""
+        if not self._raw:
+            return
+        self._raw = False
+        self._keys = keys = [0] * len(self.tensors)
+        hold = self._ledger.hold_tensor
+        for index, tensor in enumerate(self.tensors):
+            if tensor is None:
+                continue
+            self.tensors[index] = kept = without_graph(tensor)
+            if index < len(self._alive) and self._alive[index]:
+                keys[index] = hold(kept)
+
+    # -- handles
+
+    def read(self, index: int) -> Tensor:
+        """The tensor in a slot that is filled.
+
+        Raises:
+            ModifiedError: it was modified in place since it was saved (Rule 8).
+        """
+        tensor: Tensor | None = self.tensors[index]
+        if tensor is None:
+            raise self._mismatch(index, "a saved tensor", "none", "report this as a bug")
+        version = tensor._version if type(tensor) is Tensor else version_of(tensor)
+        if version != self.versions[index]:
+            raise self._modified(index, tensor)
+        if tensor.requires_grad:
+            return without_graph(tensor)
+        if self.stream is not None:
+            follow(tensor, self.stream)
+        if self.transient and self._alive[index]:
+            self._forget(index)
+        return tensor
+
+    def _forget(self, index: int) -> None:
+        if self._keys and self._keys[index] and self.tensors[index] is not None:
+            self._ledger.drop(self._keys[index])
+        self.tensors[index] = None
+
+    def kill(self, index: int) -> None:
+        """The handle of a slot has died."""
+        if index >= len(self._alive) or not self._alive[index]:  # not closed yet, or passed
+            self.tensors[index] = None
+            return
+        self._forget(index)
+        self._alive[index] = 0
+        self.live -= 1
+        if not self.live:
+            self._count_bulk(0)
+            self._ledger.packed -= self._packed
+            self._packed = 0
+
+    def _count_bulk(self, nbytes: int) -> None:
+        """What was brought back is counted as a whole until its last handle dies."""
+        if nbytes != self._bulk:
+            self._ledger.add(nbytes - self._bulk)
+            self._bulk = nbytes
+
+    @property
+    def rebuilt_bytes(self) -> int:
+        """What they take when they are brought back."""
+        return self._rebuilt
+
+    @property
+    def packed_bytes(self) -> int:
+        """What plain autograd would hold for them, and for no slots of the frame before."""
+        return self._packed
+
+    def there(self) -> list[tuple[int, Tensor | Elements]]:
+        """What is held itself, of what a replay can bring back, with its place."""
+        return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
+
+    def __len__(self) -> int:
+        """How many tensors were saved."""
+        return len(self._looks)
+
+    @property
+    def saves_input(self) -> bool:
+        """Whether something that was saved lies in the frame's input."""
+        return any(looks[1] for looks in self._looks if not isinstance(looks, int))
+
+    def is_let_go(self, index: int) -> bool:
+        """Whether what is at a place is let go of, to be brought back by a replay."""
+        return bool(self._alive[index]) and self.tensors[index] is not None
+
+    def passed(self, keys: Collection[int]) -> list[tuple[int, int]]:
+        """Where parameters and buffers were saved that lie in these storages, and in which."""
+        return [(index, looks) for index, looks in enumerate(self._looks) if isinstance(looks, int) and looks in keys]
+
+    def looks(self, index: int) -> _Looks | None:
+        """What was saved at a place, as long as it is held; ``None`` if nothing was, or nobody can ask for it."""
+        if not 0 <= index < len(self._looks) or self.tensors[index] is None:
+            return None
+        looks = self._looks[index]
+        if not isinstance(looks, int):
+            return looks[0]
+        return None if looks in (ALONE, DEAD) else looks_of(self.entry(index))
+
+    def is_at_hand(self, index: int) -> bool:
+        """Whether what was saved at a place is held itself, and not to be made first."""
+        return self.tensors[index] is not None
+
+    def entry(self, index: int) -> Tensor:
+        """The tensor that is held at a place."""
+        entry = self.tensors[index]
+        return entry.get() if isinstance(entry, Source) else without_graph(entry)
+
+    def held(self) -> list[Tensor]:
+        """What it holds and could let go of."""
+        return [tensor for tensor, alive in zip(self.tensors, self._alive, strict=False) if alive and tensor is not None]
+
+    def release(self) -> None:
+        """Let go of every tensor that a replay can bring back."""
+        self._count_bulk(0)
+        if self._raw:
+            self._raw = False
+            rest = zip(self.tensors, self._alive, self._kinds, strict=True)
+            self.tensors = [
+                None if tensor is None or alive else tensor if kind else without_graph(tensor) for tensor, alive, kind in rest
+            ]
+            return
+        for index, alive in enumerate(self._alive):
+            if alive:
+                self._forget(index)
+        self._keys = []
+
+    def intact(self) -> bool:
+        """Whether no saved tensor was modified in place since; if one was, its backward must raise."""
+        return self._damaged() is None
+
+    def _damaged(self) -> int | None:
+        for index, tensor in enumerate(self.tensors):
+            if tensor is not None and index < len(self._alive) and self._alive[index] and tensor._version != self.versions[index]:
+                return index
+        return None
+
+    def check_outputs(self) -> None:
+        """Raise if what was saved, and returned, was modified since.
+
+        Raises:
+            ModifiedError: it was (Rule 8).
+        """
+        for probe, version in self._outputs:
+            if probe._version != version:
+                raise modified(f"an output of {self._label}", probe.shape, version, probe._version)
+
+    # -- replay
+
+    def fill(self, call: Callable[[], _T], *, transient: bool) -> _T:
+        """Run a replay whose saved tensors fill the slots.
+
+        Raises:
+            ReplayError: the replay saves other tensors than forward did.
+            ModifiedError: it reads something that was modified since.
+        """
+        filling = Filling(self)
+        result = self._record(call, filling)
+        self.transient = transient
+        self._accept(filling.saved)
+        return result
+
+    def fill_and_stop(self, call: Callable[[], object], tail: Tail, *, transient: bool) -> None:
+        """The same; the replay ends as soon as all is there but the tail."""
+        filling = Filling(self, tail.start)
+        if tail.start:
+            with contextlib.suppress(EnoughError):
+                self._record(call, filling)
+        self.transient = transient
+        self._add_tail(filling.saved, tail)
+        self._accept(filling.saved)
+
+    def _add_tail(self, saved: list[Any], tail: Tail) -> None:
+        """Complete what a replay has saved that was to end there."""
+        if len(saved) == tail.start:
+            saved += [tail[index] if alive else None for index, alive in enumerate(self._alive) if index >= tail.start]
+
+    def _record(self, call: Callable[[], _T], filling: Filling) -> _T:
+        frame = self._frame()
+        self.stream = stream_of(frame.device) if frame is not None else None
+        push_hooks(filling.pack, self._unpacked)
+        try:
+            if self.statistics is None:
+                return call()
+            with self.statistics.given():
+                return call()
+        finally:
+            pop_hooks()
+            filling.slots = None
+
+    @staticmethod
+    def _unpacked(packed: Any) -> Tensor:
+        """What a replay saved, for a backward inside of it."""
+        return packed  # type: ignore[no-any-return]
+
+    def _accept(self, saved: list[Tensor] | list[Tensor | None]) -> None:
+        self._check_count(len(saved))
+        self.release()
+        tensors, alive, versions = self.tensors, self._alive, self.versions
+        for index, (tensor, looks) in enumerate(zip(saved, self._looks, strict=True)):
+            if tensor is None:  # of a tail, and passed
+                continue
+            if type(looks) is tuple and not looks[1] and type(tensor) is Tensor and tensor._version == versions[index]:
+                shape, stride, dtype, _ = looks[0]  # as `_verify`: most come here
+                if tensor.shape == shape and tensor.dtype is dtype and tensor.stride() == stride:
+                    if alive[index]:
+                        tensors[index] = tensor
+                    continue
+            if self._verify(index, tensor) and alive[index]:
+                tensors[index] = tensor
+        self._count_bulk(self._rebuilt if self.live else 0)
+        saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
+
+    def _check_count(self, count: int) -> None:
+        if count != len(self._looks):
+            index = min(count, len(self._looks))
+            raise self._mismatch(index, f"{len(self._looks)} saved tensors", f"{count}", _REPEATABLE)
+
+    def _verify(self, index: int, tensor: Tensor) -> bool:
+        """Raise unless a replay has saved what forward did; whether it is a slot that is let go of."""
+        looks = self._looks[index]
+        if isinstance(looks, int):
+            self._check_passed(tensor, looks, index)
+            return False
+        expected, is_input = looks
+        if looks_of(tensor) != expected:
+            raise self._looks_different(expected, tensor, index)
+        version = tensor._version
+        if is_input:  # whose version differs at replay
+            self.versions[index] = version
+        elif version != self.versions[index] and self._alive[index]:
+            if self._keys and tensor.untyped_storage()._cdata == self._keys[index]:
+                raise self._modified(index, tensor)
+            self.versions[index] = version  # a replay has made it, and another layout of its input may take one more step
+        return True
+
+    def _check_passed(self, tensor: Tensor, key: int, index: int) -> None:
+        if key == DEAD:
+            return
+        if is_opaque(tensor) != (key == ALONE):
+            raise self._mismatch(index, "the same kind of tensor", type(tensor).__name__, _REPEATABLE)
+        if key != ALONE and key != tensor.untyped_storage()._cdata:
+            frame = self._frame()
+            if frame is not None and (key in frame.moved or self._is_made_again(tensor, index, frame)):
+                return
+            remedy = "leave parameters and buffers in place until backward"
+            raise self._mismatch(index, "the same parameter or buffer", f"another tensor of shape {tuple(tensor.shape)}", remedy)
+
+    def _is_made_again(self, tensor: Tensor, index: int, frame: Framed) -> bool:
+        """Whether a leaf that forward made inside is what the replay has made: a gradient is taken inside."""
+        if self._kinds[index] != _LEAF or self.tensors[index] is None:
+            return False
+        return is_again(tensor.detach(), self.entry(index), exact=frame.exact, computed=frame.coarsest(tensor.dtype))
+
+    # -- errors
+
+    @property
+    def _label(self) -> str:
+        frame = self._frame()
+        return frame.label if frame is not None else "a block"
+
+    def _modified(self, index: int, tensor: Tensor) -> ModifiedError:
+        passed = index < len(self._looks) and type(self._looks[index]) is int
+        what = f"a parameter, buffer or leaf in {self._label}" if passed else f"slot {index} of {self._label}"
+        return modified(what, tensor.shape, self.versions[index], version_of(tensor))
+
+    def _looks_different(self, looks: _Looks, tensor: Tensor, index: int) -> ReplayError:
+        names = ("shape", "stride", "dtype", "device")
+        now = looks_of(tensor)
+        differ = [(n, e, g) for n, e, g in zip(names, looks, now, strict=True) if e != g]
+        expected = ", ".join(f"{name} {_plain(value)}" for name, value, _ in differ)
+        got = ", ".join(f"{name} {_plain(value)}" for name, _, value in differ)
+        return self._mismatch(index, expected, got, _REPEATABLE)
+
+    def _mismatch(self, index: int, expected: str, got: str, remedy: str) -> ReplayError:
+        return ReplayError(explain(f"replay of {self._label}, slot {index}", expected=expected, got=got, remedy=remedy))
+
+
+def _is_passed_as(tensor: Tensor | None, key: int) -> bool:
+    """Whether a passed tensor is the one of this storage, is left alone, or is not there."""
+    if tensor is None:
+        return key == DEAD
+    if is_opaque(tensor):
+        return key == ALONE
+    return bool(key == tensor.untyped_storage()._cdata)
+
+
+_LEAF, _PARAMETER = 1, 2
+
+
+def kind_of(tensor: Tensor) -> int:
+    """0 for what some operation has made, or is left alone, else whether it is a parameter's memory or another leaf's."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return 0
+    return 0 if not is_leaf(tensor) else _PARAMETER if is_parameter(tensor) else _LEAF
+
+
+def looks_of(tensor: Tensor) -> _Looks:
+    """What shows whether a replay has saved the same kind of tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+_REPEATABLE = "make the branch do the same in every call with the same input, or exclude the block with keep="
+
+
+def _plain(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)

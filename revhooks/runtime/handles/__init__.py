@@ -1,0 +1,1 @@
+"""Handles: what stands in the graph in place of saved tensors."""

@@ -1,0 +1,1 @@
+"""Offload: what waits in host memory, and when it moves."""

@@ -1,0 +1,1 @@
+"""Policy: what is let go of, what stays, and what is checked."""

@@ -1,0 +1,1 @@
+"""Recomputation: how single tensors are made again."""

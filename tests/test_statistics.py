@@ -183,6 +183,8 @@ def test_dimensions(dims: int) -> None:
     same(flat, image(16, 4), tol=0.0)
 
 
+@pytest.mark.cpu(reason="elsewhere they are computed again")
+@pytest.mark.near(reason="where they are computed again")
 @kinds
 def test_no_statistics_are_computed_again(kind: str, passes: list[torch.Size]) -> None:
     net, x = net_of(kind, branch), input_of(kind)
@@ -198,6 +200,8 @@ def test_no_statistics_are_computed_again(kind: str, passes: list[torch.Size]) -
     assert run.stats.inversions + run.stats.replays > 0
 
 
+@pytest.mark.cpu(reason="elsewhere they are computed again")
+@pytest.mark.near(reason="where they are computed again")
 def test_what_is_held_for_them() -> None:
     """Two numbers a channel for each batch norm of a block that was let go of, and they say what they are."""
     net, x = net_of("replay", branch), input_of("replay")
@@ -577,6 +581,8 @@ def test_autocast() -> None:
     same(net, x, use, tol=0.0)
 
 
+@pytest.mark.cpu(reason="elsewhere they are computed again")
+@pytest.mark.near(reason="where they are computed again")
 def test_a_norm_whose_class_was_named_once(passes: list[torch.Size]) -> None:
     """A class stays bracketed when the run that named it is over."""
     with revhooks.reversible(replay=nn.BatchNorm2d):

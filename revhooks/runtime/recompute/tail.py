@@ -84,9 +84,9 @@ def _mask(entry: Tensor | Source, ledger: Ledger) -> _Mask | None:
         if type(entry) is not Counted:
             return None
         entry = entry.get()
-    if entry.__dict__ or not is_allocated(entry):  # it is to come back as the object that it is
-        return None
     if entry.dtype is not torch.bool and not is_near(entry.device):  # an accelerator's masks are truth values
+        return None
+    if entry.__dict__ or not is_allocated(entry):  # it is to come back as the object that it is
         return None
     code = mask_of(entry, "")
     return None if code is None else _Mask(ledger, entry, code)

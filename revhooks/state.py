@@ -316,7 +316,7 @@ class Buffers:
     def _replayed(self, modes: list[bool], replaced: list[tuple[_Owner, str, Tensor]]) -> Iterator[None]:
         lent = {id(module._parameters) for module in self._modules if is_sharded(module)} if replaced else ()  # Rule 18
         replaced = [entry for entry in replaced if id(entry[0]) not in lent]
-        # the replay writes into copies: the buffers and their version counters stay as they are
+        # the replay writes into other memory: the buffers and their version counters stay as they are
         changed = [*self._written, *((owner, name) for owner, name, _, _ in self._before)]
         now = [(owner, name, owner.get(name)) for owner, name in [*changed, *(entry[:2] for entry in replaced)]]
         _switch(self._modules, self._modes)

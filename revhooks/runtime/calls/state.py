@@ -108,9 +108,9 @@ class CallState:
 
     def remember(self, slots: Stretch) -> None:
         """Before what the call saved is let go of: note what is not to be computed again."""
-        if not self._buffers.overwritten or self._statistics is not None or not is_near(self._device):
-            return  # elsewhere to look whether they are of the same batch makes the host wait, and costs it more than they spare
-        if not self._buffers.compiled:
+        # where it is far, to look whether they are of the same batch makes the host wait, and costs it more than they spare
+        near, known = is_near(self._device), self._statistics is not None
+        if near and not known and self._buffers.overwritten and not self._buffers.compiled:
             self._statistics = Statistics(slots, self._buffers.overwritten, self._ledger, exact=self._exact)
             slots.statistics = self._statistics or None
 

@@ -309,13 +309,7 @@ class CouplingFrame(ModuleFrame):
         """Let go of every step, if the output is what it was."""
         if self.released or self.why_kept or self.output is None:
             return
-        if not self.output.held or self.output.current_version != self.output.version:
-            self.keep("its output was changed in place")
-        elif not all(slots.intact() for slots in self.all_slots()):
-            self.keep("a tensor that it saved was changed in place")
-        else:
-            self.released = True
-            self.learn_to_go()
+        if self.lets_go((self.output,)):
             for branch in self.branches:
                 branch.release()
             self._anchor = None

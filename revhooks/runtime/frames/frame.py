@@ -122,6 +122,17 @@ class Frame(abc.ABC):
     def all_slots(self) -> Iterable[Slots]:
         """The slots of all its stretches."""
 
+    def lets_go(self, outputs: Iterable[Value] = ()) -> bool:
+        """Released from now on, if its outputs and what it saved are what they were; else it is kept."""
+        if any(not value.held or value.current_version != value.version for value in outputs):
+            self.keep("its output was changed in place")
+        elif not all(slots.intact() for slots in self.all_slots()):
+            self.keep("a tensor that it saved was changed in place")
+        else:
+            self.released = True
+            self.learn_to_go()
+        return self.released
+
     def learn_to_go(self) -> None:
         """It is let go of before backward comes: so will the next ones be."""
         if self.stays:

@@ -241,13 +241,7 @@ class OpaqueFrame(ModuleFrame):
         """Let go of every slot, if it can be rebuilt."""
         if self.released or self.why_kept or not (self.outputs or self.replayed):
             return
-        if any(not value.held or value.current_version != value.version for value in self.outputs):
-            self.keep("its output was changed in place")
-        elif not all(slots.intact() for slots in self.all_slots()):
-            self.keep("a tensor that it saved was changed in place")
-        else:
-            self.released = True
-            self.learn_to_go()
+        if self.lets_go(self.outputs):
             for call in self.calls:
                 call.state.remember(call.slots)
             for slots in self.all_slots():

@@ -196,16 +196,11 @@ class ReplayFrame(Frame):
 
     def release(self) -> None:
         """Let go of every slot, but for a sketch by which the replay is known."""
-        if self.released or self.why_kept:
-            return
-        if not self.slots.intact():
-            self.keep("a tensor that it saved was changed in place")
+        if self.released or self.why_kept or not self.lets_go():
             return
         self._take_evidence()
         if self._early_stop:
             self._tail = Tail(self.slots, self.run.ledger, self._given // _SHARE)
-        self.released = True
-        self.learn_to_go()
         self.state.remember(self.slots)
         self.slots.release()
 

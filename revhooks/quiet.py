@@ -5,8 +5,8 @@ item or global name, and that names nothing but numbers, texts, tensors of its m
 torch that are known, can change nothing that `revhooks.effects` would put back. Names are not followed to what they belong to: an
 attribute of any module that code of any other module names counts. Where there is a doubt it is not quiet.
 
-What was read is what is run: before each replay it is looked whether names are bound to what they were, and what the modules
-carry now.
+What was read is what is run: before each replay it is looked what the modules carry now, and, once in a backward pass, whether
+names are bound to what they were.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodType, ModuleType
 from typing import Any, Generic, Protocol
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id as current_pass
 from torch.nn.modules import module as torch_module
 
 from .names import read, unbracketed
@@ -68,6 +69,7 @@ _UNCALLED = {
 _OVERRIDES = frozenset(name for name, value in vars(nn.Module).items() if callable(value)) - _UNCALLED
 _SET_UP = _UNCALLED | {"extra_repr", "reset_parameters", "reset_running_stats"}  # of layers: what their calls do not call
 _run_by: Any = attrgetter("__call__", "_call_impl", "__getattr__", "forward")  # of a class of torch's: what a call runs
+_NO_PASS = -1
 _MOST = 32  # proofs for one block: its modules or its functions keep changing
 _FAR = 200  # functions that are followed, and arguments that are looked at
 _LEAVES = PLAIN | {*PLAIN_TYPES}
@@ -83,8 +85,10 @@ class Proof:
     """
 
     __slots__ = (
+        "__weakref__",
         "_bound",
         "_functions",
+        "_held_in",
         "_inherited",
         "_kinds",
         "_layers",
@@ -98,6 +102,7 @@ class Proof:
 
     def __init__(self, kinds: Sequence[type], functions: Sequence[FunctionType], count: int) -> None:
         self.count = count
+        self._held_in = _NO_PASS  # the latest backward pass in which it was found to hold
         self._kinds, self._functions = [*map(ref, kinds)], [*map(ref, functions)]
         self.names = {"forward", "_call_impl", "_slow_forward"}
         self._inherited = set(STANDARD)  # names that code of torch's layers uses, and that a class may define anew
@@ -131,6 +136,14 @@ class Proof:
 
     def holds(self) -> bool:
         """Whether names are still bound to what they were."""
+        task = current_pass()
+        if task != _NO_PASS and task == self._held_in:
+            return True
+        found = self._still_holds()
+        self._held_in = task if found else _NO_PASS
+        return found
+
+    def _still_holds(self) -> bool:
         if [*map(_run_by, self._layers)] != self._runs:
             return False
         for reference, look, absent, pick, functions, others in self._bound:
@@ -301,6 +314,9 @@ def _is_called(value: Any) -> bool:
 # ------------------------------------------------------------------------------------ before a replay
 
 
+_proofs: WeakValueDictionary[tuple[int, ...], Proof] = WeakValueDictionary()  # the latest about these classes
+
+
 def leaves_nothing(modules: Sequence[nn.Module], reach: Iterable[Any], facts: Any) -> bool:
     """Whether a call can change nothing that would have to be put back.
 
@@ -316,8 +332,12 @@ def leaves_nothing(modules: Sequence[nn.Module], reach: Iterable[Any], facts: An
     if not _are_plain(reach, modules, functions):
         return False
     kinds = [*map(type, modules)]
+    if proof is None:  # many a module is one of several of its kind
+        known = _proofs.get((*map(id, kinds),))
+        facts.proof = proof = known if known is not None and known.found else None
     if proof is None or not proof.is_of(kinds, functions) or not proof.holds():
         facts.proof = proof = Proof(kinds, functions, 0) if proof is None else proof.next(kinds, functions)
+        _proofs[(*map(id, kinds),)] = proof
         if not proof.found:
             return False
     return _carry_nothing(modules, proof.names)

@@ -6,6 +6,8 @@ A storage's key is unique as long as the storage, or a weak reference to it, liv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -153,10 +155,13 @@ def version_of(tensor: Tensor) -> int:
         return 0 if tensor.is_inference() else tensor._version
 
 
+_version: Callable[[Tensor], int] = attrgetter("_version")
+
+
 def versions_of(tensors: list[Tensor]) -> list[int]:
     """The versions of many tensors."""
     try:
-        return [tensor._version for tensor in tensors]
+        return [*map(_version, tensors)]
     except RuntimeError:  # an inference tensor
         return [version_of(tensor) for tensor in tensors]
 

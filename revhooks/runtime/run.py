@@ -207,7 +207,7 @@ class Run(Packing):
         self._saw_named = True
         if _is_in_another(module):
             return self.replay(Region.of(module, original), args, kwargs)
-        if self._is_plain((), {}):
+        if self._shadowed() or _saves_nothing_of_ours() or self.budget.limit == math.inf:
             return original(module, *args, **kwargs)
         self._count += 1
         return self._open(ReplayFrame(self, Region.of(module, original)), functools.partial(original, module), args, kwargs)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..passes import Passes
     from ..policy.budget import Budget
     from ..policy.guard import Fallback, Guard
+    from ..policy.plan import Facts
 
 __all__ = ["Counter", "Framed", "Home"]
 
@@ -100,6 +101,7 @@ class Home(Owner, Interceptor, Protocol):
 class Framed(Called, Protocol):
     """A frame, as its slots see it."""
 
+    facts: Facts
     saves_input: bool
 
     @property

@@ -17,7 +17,7 @@ from ..handles.local import EnoughError, Filling
 from ..handles.slot import SlotHandle
 from ..passes import current_pass
 from ..policy.guard import is_measured
-from ..policy.sketch import Elements
+from ..policy.sketch import Elements, large_places
 from .slots import ALONE, DEAD, Slots, kind_of, looks_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ _T = TypeVar("_T")
 def slots_for(frame: Framed, position: int, *, replayed: bool = False) -> Slots:
     """Slots for a stretch of a frame; where it may stay for long, or is run again, they hold what recipes start from only."""
     lean = frame.run.shared.ops and (replayed or frame.run.budget.limit > 0)
-    return LeanSlots(frame, position, stays=frame.stays) if lean else Slots(frame, position)
+    return (
+        LeanSlots(frame, position, stays=frame.stays and (frame.run.budget.limit > 0 or frame.facts.lean))
+        if lean
+        else Slots(frame, position)
+    )
 
 
 class LeanSlots(Slots):
@@ -92,7 +96,7 @@ class LeanSlots(Slots):
             dead = self.tensors[index] is None
             passed = dead or key == ALONE or (not is_input and (self._kinds[index] or key in frame.external))
             expected.append((DEAD if dead else key) if passed else (looks, is_input))
-            self._alive.append(not passed)
+            self.alive.append(not passed)
             if not passed:
                 self.live += 1
                 frame.saves_input |= is_input
@@ -106,6 +110,14 @@ class LeanSlots(Slots):
         self._looks = expected
         self._ledger.pack(self._packed)
         frame.run.note_saved(len(self.tensors))
+
+    @property
+    def spared_bytes(self) -> int:
+        """What plain tensors would take more than what is held."""
+        if self.plain:
+            return 0
+        held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in self.held()}
+        return max(self._rebuilt - sum(held.values()), 0)
 
     def is_at_hand(self, index: int) -> bool:
         """Whether what was saved at a place is held itself, and not to be made first."""
@@ -125,7 +137,7 @@ class LeanSlots(Slots):
         tensor = entry.get()
         if self.stream is not None:
             follow(tensor, self.stream)
-        if self.transient and self._alive[index]:
+        if self.transient and self.alive[index]:
             self.tensors[index] = None
         return tensor
 
@@ -135,8 +147,8 @@ class LeanSlots(Slots):
             super().kill(index)
             return
         self.tensors[index] = None
-        if index < len(self._alive) and self._alive[index]:
-            self._alive[index] = 0
+        if index < len(self.alive) and self.alive[index]:
+            self.alive[index] = 0
             self.live -= 1
             if not self.live:
                 self._ledger.packed -= self._packed
@@ -146,12 +158,27 @@ class LeanSlots(Slots):
         """What a replay can bring back, with its place: what is held itself, and some elements of what is recomputed."""
         if self.plain:
             return super().there()
-        entries = [(i, entry) for i, entry in enumerate(self.tensors) if entry is not None and self._alive[i]]
+        entries = [(i, entry) for i, entry in enumerate(self.tensors) if entry is not None and self.alive[i]]
         return [
             (i, entry.get() if self._is_there(entry) else self._samples[i])
             for i, entry in entries
             if self._is_there(entry) or i in self._samples
         ]
+
+    def large(self) -> list[int]:
+        """Places of large tensors with numbers that a replay can bring back."""
+        if self.plain:
+            return super().large()
+        there = self.there()
+        known = large_places([(i, t.numel()) for i, t in there if isinstance(t, Tensor) and is_measured(t) and is_allocated(t)])
+        return sorted([*known, *(i for i, t in there if isinstance(t, Elements))])
+
+    def elements(self, place: int) -> Elements | None:
+        """Some elements of what is there."""
+        if self.plain:
+            return super().elements(place)
+        found = dict(self.there()).get(place)
+        return Elements(found) if isinstance(found, Tensor) and is_allocated(found) else found  # type: ignore[return-value]
 
     @staticmethod
     def _is_there(entry: Any) -> bool:
@@ -180,7 +207,7 @@ class LeanSlots(Slots):
             return super()._damaged()
         for index, entry in enumerate(self.tensors):
             handle: Any = entry.of if type(entry) is View else entry
-            if type(handle) not in (Counted, Dropped) or index >= len(self._alive) or not self._alive[index]:
+            if type(handle) not in (Counted, Dropped) or index >= len(self.alive) or not self.alive[index]:
                 continue
             if handle.current_version != handle.version:
                 return index
@@ -246,7 +273,7 @@ class LeanSlots(Slots):
 
     def _is_dead(self, index: int) -> bool:
         """Whether nobody can ask for what is saved at a place: no recipe is to start from it."""
-        if index >= len(self._looks) or self._alive[index]:
+        if index >= len(self._looks) or self.alive[index]:
             return False
         return not isinstance(self._looks[index], int) or self._looks[index] == DEAD
 
@@ -254,7 +281,7 @@ class LeanSlots(Slots):
         self.transient = transient
         self._check_count(len(entries))
         for index, entry in enumerate(entries):
-            if self._alive[index]:
+            if self.alive[index]:
                 self.tensors[index] = entry
         entries.clear()
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 __all__ = ["Newest"]
 
 LEAST, SHARE = 1 << 20, 64  # bytes, and a part of the peak, for less than which a rebuild is not worth it
+_LEAN = 1 << 14  # bytes, for less than which recipes inside of it are not worth looking for
 
 
 class Newest:
-    """Whether to keep the newest block in the next step, learned from this one.
+    """Whether to keep the newest block in the next step, and what it saved as it is, learned from this one.
 
     Backward begins with all that is held, the newest block and what came after it, a language model's head say. The next peak
     is there when the block before it has been rebuilt: most that was held for the head is gone by then.
@@ -24,7 +25,7 @@ class Newest:
         ledger: of its run, at the beginning of backward.
     """
 
-    __slots__ = ("_begin", "_facts", "_ledger", "_limit", "_ordinal", "_saved", "_stayed")
+    __slots__ = ("_begin", "_facts", "_ledger", "_limit", "_ordinal", "_saved", "_spared", "_stayed")
 
     def __init__(self, frame: Frame, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -34,6 +35,7 @@ class Newest:
         self._ordinal = frame.ordinal
         self._stayed = not frame.released
         self._saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
+        self._spared = sum(slots.spared_bytes for slots in frame.all_slots()) if self._stayed and frame.run.shared.ops else -1
 
     def compare(self, ordinal: int) -> bool:
         """A block was rebuilt: whether that was another one, so that it is known now."""
@@ -47,4 +49,6 @@ class Newest:
             self._facts.learn_stays(self._limit, False)
         elif not self._stayed and 2 * gain < worth:
             self._facts.learn_stays(self._limit, True)
+        if self._spared >= 0:
+            self._facts.lean = kept + self._spared - peak > max(_LEAN, kept // SHARE)
         return True

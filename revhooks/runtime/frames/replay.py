@@ -22,7 +22,7 @@ from ..handles.evidence import rotation
 from ..handles.local import Give, packer, saving_to, surrounding
 from ..handles.value import Value
 from ..policy.plan import Facts, facts_of
-from ..policy.sketch import Elements, Sketch, some_places
+from ..policy.sketch import Elements, Sketch, by_turns
 from ..recompute.tail import Tail
 from ..tree import leaves_of
 from .frame import ARGUMENT, NEWEST, REMEDIES, RUNS_OUT, Frame
@@ -57,9 +57,11 @@ class Region:
     @classmethod
     def of(cls, module: nn.Module, forward: Callable[..., Any]) -> Region:
         """A module's call, by a method of its class."""
-        region = cls(module, ())
+        region = cls.__new__(cls)
         region.call = functools.partial(forward, module)
-        region.named = True
+        region.named = region.owned = True
+        region.roots, region.name, region.training = [module], type(module).__name__, module.training
+        region.facts = facts_of(module)
         return region
 
     def module(self) -> nn.Module:
@@ -215,16 +217,15 @@ class ReplayFrame(Frame):
         if self.first:
             self._sketch = Sketch(self.slots.there())
         elif self.checked or is_near(self.device):
-            self._elements = some_places(self.slots.there(), self.facts.calls, 2 if is_near(self.device) else 1)
+            places = by_turns(self.slots.large(), self.facts.calls, 2 if is_near(self.device) else 1)
+            self._elements = {place: found for place in places if (found := self.slots.elements(place)) is not None}
 
     def _compare_evidence(self) -> None:
-        there = self.slots.there() if self._sketch is not None or self._elements else []
-        pairs = Sketch(there).differences(self._sketch) if self._sketch is not None else []
-        for place, tensor in there if self._elements else ():
-            before = self._elements.get(place)
-            now = None if before is None else (tensor if isinstance(tensor, Elements) else Elements(tensor)).values
-            if before is not None and now is not None and now.shape == before.values.shape:
-                pairs.append((now, before.values))
+        pairs = Sketch(self.slots.there()).differences(self._sketch) if self._sketch is not None else []
+        for place, before in self._elements.items():
+            now = self.slots.elements(place)
+            if now is not None and now.values.shape == before.values.shape:
+                pairs.append((now.values, before.values))
         for rebuilt, original in pairs:
             self.check_replay(rebuilt, original, lambda: self.label)
 

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ModifiedError, ReplayError, explain
-from ...kinds import without_graph
+from ...kinds import is_allocated, without_graph
 from ...saved import Source, modified
 from ...storage import is_leaf, is_opaque, is_parameter, storage_key, version_of, version_probe
 from ...streams import follow, stream_of
 from ..handles.local import EnoughError, Filling, pop_hooks, push_hooks
 from ..handles.slot import SlotHandle
-from ..policy.guard import is_again
+from ..policy.guard import is_again, is_measured
+from ..policy.sketch import Elements, large_places
 from ..tree import leaves_of
 
 if TYPE_CHECKING:
     from ..policy.plan import Facts
-    from ..policy.sketch import Elements
     from ..recompute.statistics import Statistics
     from ..recompute.tail import Tail
     from .home import Framed
@@ -43,7 +44,12 @@ class Foreseen:
     Attributes:
         looks: of each tensor, whether it lies in the frame's input; of a passed one its storage's key.
         alive: whether it is brought back by a replay.
+        pick: takes what is brought back from a sequence of all.
+        seen: of these shapes, strides, and dtypes.
+        passed: places and looks of the others.
+        inputs: which of those that are brought back lie in the frame's input.
         kinds: `kind_of` each.
+        large: of those that are brought back, those that may be looked at alone.
         live: how many are brought back.
         packed: bytes that plain autograd would hold for them, and for no slots of the frame before.
         rebuilt: bytes that they take when they are brought back.
@@ -51,17 +57,55 @@ class Foreseen:
         outputs: which lie in the memory of what the call returned.
     """
 
-    __slots__ = ("alive", "kinds", "live", "looks", "outputs", "packed", "rebuilt", "saves_input")
+    __slots__ = (
+        *(
+            "alive",
+            "inputs",
+            "kinds",
+            "large",
+            "live",
+            "looks",
+            "outputs",
+            "packed",
+            "passed",
+            "pick",
+            "rebuilt",
+            "saves_input",
+            "seen",
+        ),
+    )
 
     def __init__(self) -> None:
         self.looks: list[_Expected] = []
         self.alive = bytearray()
+        self.pick: Callable[[Sequence[Any]], Sequence[Any]] = _none
+        self.seen: tuple[list[torch.Size], list[tuple[int, ...]], list[torch.dtype]] = [], [], []
+        self.passed: list[tuple[int, int]] = []
+        self.inputs: list[int] = []
         self.kinds = bytearray()
+        self.large: list[int] = []
         self.live = 0
         self.packed = 0
         self.rebuilt = 0
         self.saves_input = False
         self.outputs: tuple[int, ...] = ()
+
+    def is_complete(self) -> Foreseen:
+        """All was seen."""
+        places = [place for place, alive in enumerate(self.alive) if alive]
+        brought: list[Any] = [self.looks[place] for place in places]
+        self.pick = itemgetter(*places) if len(places) > 1 else _none if not places else lambda all_: (all_[places[0]],)
+        self.seen = [looks[0] for looks, _ in brought], [looks[1] for looks, _ in brought], [looks[2] for looks, _ in brought]
+        self.passed = [(place, looks) for place, looks in enumerate(self.looks) if isinstance(looks, int)]
+        self.inputs = [place for place, (_, is_input) in zip(places, brought, strict=True) if is_input]
+        return self
+
+    def is_shaped(self, picked: Sequence[Any]) -> bool:
+        """Whether what was picked has the shapes and strides of these."""
+        try:
+            return [*map(_shape, picked)] == self.seen[0] and [*map(_stride, picked)] == self.seen[1]
+        except (AttributeError, RuntimeError):  # one is not there, or of another kind
+            return False
 
 
 class Slots:
@@ -73,8 +117,8 @@ class Slots:
     """
 
     __slots__ = (
-        "_alive",
         "_bulk",
+        "_foreseen",
         "_frame",
         "_keys",
         "_kinds",
@@ -84,10 +128,12 @@ class Slots:
         "_packed",
         "_raw",
         "_rebuilt",
+        "alive",
         "asked",
         "live",
         "plain",
         "position",
+        "quick",
         "statistics",
         "stream",
         "tensors",
@@ -98,9 +144,10 @@ class Slots:
     def __init__(self, frame: Framed, position: int) -> None:
         self._frame = weakref.ref(frame)
         self._ledger = frame.run.ledger
-        self._alive = bytearray()  # whether the handle may still ask
+        self.alive = bytearray()  # whether the handle may still ask
         self.versions: list[int] = []  # of what is there now
         self._kinds = bytearray()
+        self._foreseen: Foreseen | None = None
         self._looks: list[_Expected] = []
         self._keys: list[int] = []  # of the storages that the ledger counts one by one; 0 for none
         self._bulk = 0  # bytes that it counts for all
@@ -110,6 +157,7 @@ class Slots:
         self._outputs: list[tuple[Tensor, int]] = []  # version counters of what was returned, and what they said
         self.asked = False  # whether forward itself has read one of them: it took a gradient
         self.live = 0  # handles of slots that are not passed
+        self.quick = False  # filled with tensors, to be read and let go of without further ado
         self.plain = True  # tensors are held as they are; else it is handles that are held
         self.position = position
         self.statistics: Statistics | None = None  # which a replay need not compute
@@ -139,13 +187,14 @@ class Slots:
             key: calls with the same one mostly save the same.
             output: what it returned.
         """
-        foreseen = facts.foreseen.get((self.position, key))
+        key = self.position, key, frame.modes.autocast if frame.modes is not None else None
+        foreseen = facts.foreseen.get(key)
         if foreseen is None or not self._is_as(foreseen, frame):
             if len(facts.foreseen) > _SHAPES:
                 facts.foreseen.clear()
-            foreseen = facts.foreseen[self.position, key] = self._look(frame, output)
-        self._looks, self._kinds = foreseen.looks, foreseen.kinds
-        self._alive = bytearray(foreseen.alive)
+            foreseen = facts.foreseen[key] = self._look(frame, output)
+        self._foreseen, self._looks, self._kinds = foreseen, foreseen.looks, foreseen.kinds
+        self.alive = bytearray(foreseen.alive)
         self.live = foreseen.live
         self._rebuilt = foreseen.rebuilt
         frame.saves_input |= foreseen.saves_input
@@ -155,24 +204,17 @@ class Slots:
         frame.run.note_saved(len(self.tensors))
 
     def _is_as(self, foreseen: Foreseen, frame: Framed) -> bool:
-        """Whether what was saved is what was foreseen, and was not modified since."""
-        tensors, looks = self.tensors, foreseen.looks
-        if len(tensors) != len(looks):
+        """Whether what was saved is what was foreseen, and was not modified since; a replay shows whether its dtypes are."""
+        tensors = self.tensors
+        if len(tensors) != len(foreseen.looks):
             return False
-        inputs = frame.input_keys
-        for tensor, version, look in zip(tensors, self.versions, looks, strict=True):
-            if isinstance(look, int):
-                if not _is_passed_as(tensor, look):
-                    return False
-                continue
-            (shape, stride, dtype, device), is_input = look
-            if tensor is None or tensor._version != version or tensor.shape != shape or tensor.dtype is not dtype:
-                return False
-            if tensor.stride() != stride or tensor.device != device:
-                return False
-            if is_input and tensor.untyped_storage()._cdata not in inputs:
-                return False
-        return True
+        picked, inputs = foreseen.pick(tensors), frame.input_keys
+        return (
+            foreseen.is_shaped(picked)
+            and [*map(_version, picked)] == [*foreseen.pick(self.versions)]
+            and all(_is_passed_as(tensors[place], key) for place, key in foreseen.passed)
+            and all(tensors[place].untyped_storage()._cdata in inputs for place in foreseen.inputs)
+        )
 
     def _look(self, frame: Framed, output: Any) -> Foreseen:
         """Look at everything."""
@@ -201,7 +243,9 @@ class Slots:
         found.rebuilt = sum(size for key, size in own.items() if key not in inputs)
         found.packed = sum(size for key, size in own.items() if key not in frame.packed)
         frame.packed.update(own)
-        return found
+        alive = [(place, tensor) for place, tensor in enumerate(self.tensors) if found.alive[place]]
+        found.large = large_places([(place, tensor.numel()) for place, tensor in alive if is_measured(tensor)])
+        return found.is_complete()
 
     def hold(self) -> None:
         """Hold what was saved until backward comes, or the next block opens: without its graph (Rule 2)."""
@@ -214,7 +258,7 @@ class Slots:
             if tensor is None:
                 continue
             self.tensors[index] = kept = without_graph(tensor)
-            if index < len(self._alive) and self._alive[index]:
+            if index < len(self.alive) and self.alive[index]:
                 keys[index] = hold(kept)
 
     # -- handles
@@ -235,7 +279,7 @@ class Slots:
             return without_graph(tensor)
         if self.stream is not None:
             follow(tensor, self.stream)
-        if self.transient and self._alive[index]:
+        if self.transient and self.alive[index]:
             self._forget(index)
         return tensor
 
@@ -246,11 +290,11 @@ class Slots:
 
     def kill(self, index: int) -> None:
         """The handle of a slot has died."""
-        if index >= len(self._alive) or not self._alive[index]:  # not closed yet, or passed
+        if index >= len(self.alive) or not self.alive[index]:  # not closed yet, or passed
             self.tensors[index] = None
             return
         self._forget(index)
-        self._alive[index] = 0
+        self.alive[index] = 0
         self.live -= 1
         if not self.live:
             self._count_bulk(0)
@@ -273,9 +317,23 @@ class Slots:
         """What plain autograd would hold for them, and for no slots of the frame before."""
         return self._packed
 
+    @property
+    def spared_bytes(self) -> int:
+        """What plain tensors would take more than what is held."""
+        return 0
+
     def there(self) -> list[tuple[int, Tensor | Elements]]:
         """What is held itself, of what a replay can bring back, with its place."""
-        return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self._alive[i]]
+        return [(i, tensor) for i, tensor in enumerate(self.tensors) if tensor is not None and self.alive[i]]
+
+    def large(self) -> list[int]:
+        """Places of large tensors with numbers that a replay can bring back."""
+        return self._foreseen.large if self._foreseen is not None else []
+
+    def elements(self, place: int) -> Elements | None:
+        """Some elements of what is there."""
+        tensor = self.tensors[place]
+        return Elements(tensor) if tensor is not None and is_allocated(tensor) else None
 
     def __len__(self) -> int:
         """How many tensors were saved."""
@@ -288,7 +346,7 @@ class Slots:
 
     def is_let_go(self, index: int) -> bool:
         """Whether what is at a place is let go of, to be brought back by a replay."""
-        return bool(self._alive[index]) and self.tensors[index] is not None
+        return bool(self.alive[index]) and self.tensors[index] is not None
 
     def passed(self, keys: Collection[int]) -> list[tuple[int, int]]:
         """Where parameters and buffers were saved that lie in these storages, and in which."""
@@ -314,21 +372,24 @@ class Slots:
 
     def held(self) -> list[Tensor]:
         """What it holds and could let go of."""
-        return [tensor for tensor, alive in zip(self.tensors, self._alive, strict=False) if alive and tensor is not None]
+        return [tensor for tensor, alive in zip(self.tensors, self.alive, strict=False) if alive and tensor is not None]
 
     def release(self) -> None:
         """Let go of every tensor that a replay can bring back."""
         self._count_bulk(0)
-        if self._raw:
-            self._raw = False
-            rest = zip(self.tensors, self._alive, self._kinds, strict=True)
-            self.tensors = [
-                None if tensor is None or alive else tensor if kind else without_graph(tensor) for tensor, alive, kind in rest
-            ]
+        self.quick = False
+        foreseen = self._foreseen
+        if foreseen is None:  # nothing was saved
             return
-        for index, alive in enumerate(self._alive):
-            if alive:
-                self._forget(index)
+        before, self.tensors = self.tensors, [None] * len(self.tensors)
+        for place, key in foreseen.passed:
+            tensor = before[place]
+            plain = key == DEAD or self._kinds[place] or not self._raw
+            self.tensors[place] = tensor if plain else without_graph(tensor)
+        self._raw = False
+        for key, tensor in zip(self._keys, before, strict=True) if self._keys else ():
+            if key and tensor is not None:
+                self._ledger.drop(key)
         self._keys = []
 
     def intact(self) -> bool:
@@ -336,8 +397,12 @@ class Slots:
         return self._damaged() is None
 
     def _damaged(self) -> int | None:
+        if self._raw and self._foreseen is not None and self.live == self._foreseen.live:
+            pick = self._foreseen.pick
+            if [*map(_version, pick(self.tensors))] == [*pick(self.versions)]:
+                return None
         for index, tensor in enumerate(self.tensors):
-            if tensor is not None and index < len(self._alive) and self._alive[index] and tensor._version != self.versions[index]:
+            if tensor is not None and index < len(self.alive) and self.alive[index] and tensor._version != self.versions[index]:
                 return index
         return None
 
@@ -379,7 +444,7 @@ class Slots:
     def _add_tail(self, saved: list[Any], tail: Tail) -> None:
         """Complete what a replay has saved that was to end there."""
         if len(saved) == tail.start:
-            saved += [tail[index] if alive else None for index, alive in enumerate(self._alive) if index >= tail.start]
+            saved += [tail[index] if alive else None for index, alive in enumerate(self.alive) if index >= tail.start]
 
     def _record(self, call: Callable[[], _T], filling: Filling) -> _T:
         frame = self._frame()
@@ -399,23 +464,38 @@ class Slots:
         """What a replay saved, for a backward inside of it."""
         return packed  # type: ignore[no-any-return]
 
-    def _accept(self, saved: list[Tensor] | list[Tensor | None]) -> None:
+    def _accept(self, saved: list[Any]) -> None:
         self._check_count(len(saved))
         self.release()
-        tensors, alive, versions = self.tensors, self._alive, self.versions
-        for index, (tensor, looks) in enumerate(zip(saved, self._looks, strict=True)):
-            if tensor is None:  # of a tail, and passed
-                continue
-            if type(looks) is tuple and not looks[1] and type(tensor) is Tensor and tensor._version == versions[index]:
-                shape, stride, dtype, _ = looks[0]  # as `_verify`: most come here
-                if tensor.shape == shape and tensor.dtype is dtype and tensor.stride() == stride:
-                    if alive[index]:
-                        tensors[index] = tensor
-                    continue
-            if self._verify(index, tensor) and alive[index]:
-                tensors[index] = tensor
+        foreseen, alive = self._foreseen, self.alive
+        if foreseen is not None and self._is_again(saved, foreseen):
+            for place, _ in foreseen.passed:
+                saved[place] = self.tensors[place]
+            if self.live != foreseen.live:
+                for place in [place for place, once in enumerate(foreseen.alive) if once and not alive[place]]:
+                    saved[place] = None
+            self.tensors = [*saved]
+            self.quick = self.stream is None and not self.transient
+        else:
+            for index, tensor in enumerate(saved):
+                if tensor is not None and self._verify(index, tensor) and alive[index]:  # else it is of a tail, and passed
+                    self.tensors[index] = tensor
         self._count_bulk(self._rebuilt if self.live else 0)
         saved.clear()  # a buffer may keep the graph of a replay, and what packed for it
+
+    def _is_again(self, saved: Sequence[Any], foreseen: Foreseen) -> bool:
+        """Whether what a replay has saved is what forward saved, as far as can be seen: most come here."""
+        for place in foreseen.inputs:  # whose version differs at replay
+            self.versions[place] = version_of(saved[place])
+        picked = foreseen.pick(saved)
+        if not foreseen.is_shaped(picked) or [*map(_dtype, picked)] != foreseen.seen[2]:
+            return False
+        if [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+            return False
+        for place, key in foreseen.passed:
+            if saved[place] is not None:
+                self._check_passed(saved[place], key, place)
+        return True
 
     def _check_count(self, count: int) -> None:
         if count != len(self._looks):
@@ -434,7 +514,7 @@ class Slots:
         version = tensor._version
         if is_input:  # whose version differs at replay
             self.versions[index] = version
-        elif version != self.versions[index] and self._alive[index]:
+        elif version != self.versions[index] and self.alive[index]:
             if self._keys and tensor.untyped_storage()._cdata == self._keys[index]:
                 raise self._modified(index, tensor)
             self.versions[index] = version  # a replay has made it, and another layout of its input may take one more step
@@ -504,6 +584,13 @@ def kind_of(tensor: Tensor) -> int:
 def looks_of(tensor: Tensor) -> _Looks:
     """What shows whether a replay has saved the same kind of tensor."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+_shape, _dtype, _version, _stride = attrgetter("shape"), attrgetter("dtype"), attrgetter("_version"), torch.Tensor.stride
+
+
+def _none(_: Sequence[Any]) -> Sequence[Any]:
+    return ()
 
 
 _REPEATABLE = "make the branch do the same in every call with the same input, or exclude the block with keep="

@@ -64,8 +64,11 @@ class Owner(Keeper, Protocol):
 class Stretch(Protocol):
     """What one stretch of code saved: slots."""
 
+    alive: bytearray
     asked: bool
+    live: int
     plain: bool
+    quick: bool
     versions: list[int]
     tensors: list[Any]
     statistics: Any

@@ -22,7 +22,12 @@ class SlotHandle(tuple["Called", "Stretch", int], Source):
     def __del__(self) -> None:
         if self:  # a tracer makes one without arguments
             _, slots, index = self
-            slots.kill(index)
+            if slots.quick and slots.live > 1 and slots.alive[index]:  # as `kill`: most come here
+                slots.tensors[index] = None
+                slots.alive[index] = 0
+                slots.live -= 1
+            else:
+                slots.kill(index)
 
     def within(self, slots: Stretch) -> Source | None:
         """What these slots hold there, if it is one of theirs."""
@@ -33,7 +38,10 @@ class SlotHandle(tuple["Called", "Stretch", int], Source):
     def get(self) -> Tensor:
         """The tensor in the slot; rebuilt when it is not there."""
         frame, slots, index = self
-        if slots.tensors[index] is None:
+        tensor: Tensor | None = slots.tensors[index]
+        if slots.quick and tensor is not None and tensor._version == slots.versions[index] and not tensor.requires_grad:
+            return tensor
+        if tensor is None:
             return frame.run.rebuild(frame, slots, index)
         if not frame.released:
             slots.asked |= frame.open

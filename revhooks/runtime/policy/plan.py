@@ -125,6 +125,7 @@ class Facts:
         "calls",
         "foreseen",
         "kept",
+        "lean",
         "leaves",
         "owns_input",
         "proof",
@@ -143,6 +144,7 @@ class Facts:
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self._branches: dict[str, list[weakref.ref[nn.Module]]] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
+        self.lean = True  # of the newest block what recipes start from is kept only, which the peak needs
         self.leaves = Finding()  # whether what is run again writes to tensors of the user's
         self.calls = 0  # that were noted
         self.foreseen: dict[object, Any] = {}  # what calls have saved, by place and by what they got

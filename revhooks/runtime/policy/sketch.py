@@ -13,7 +13,7 @@ from ...projection import projection
 from ...storage import is_near
 from .guard import is_measured
 
-__all__ = ["Elements", "Sketch", "some_of", "some_places"]
+__all__ = ["Elements", "Sketch", "by_turns", "large_places", "some_of"]
 
 ELEMENTS = 32  # of each tensor
 
@@ -85,17 +85,23 @@ class Sketch:
         return pairs
 
 
-def some_places(tensors: Sequence[tuple[int, Tensor | Elements]], turn: int, count: int) -> dict[int, Elements]:
-    """Elements of one or two of the tensors: the last large one, to which faults before it lead, and any by turns."""
-    measured = [(place, t) for place, t in tensors if isinstance(t, Elements) or (is_measured(t) and is_allocated(t))]
-    most = max((t.numel() for _, t in measured if isinstance(t, Tensor)), default=0)
-    large = [(place, t) for place, t in measured if isinstance(t, Elements) or t.numel() * _LARGE >= most]
-    if not large:
-        return {}
-    chosen = [large[-1], large[turn % len(large)]]
-    if count == 1:
-        chosen = [chosen[turn % 2]]
-    return {place: t if isinstance(t, Elements) else Elements(t) for place, t in chosen}
+def large_places(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Of places and numbers of elements those of which one is large enough to be looked at alone.
+
+    Example:
+        >>> large_places([(0, 100), (1, 2), (4, 64)])
+        [0, 4]
+    """
+    most = max((size for _, size in sizes), default=0)
+    return [place for place, size in sizes if size * _LARGE >= most]
+
+
+def by_turns(places: Sequence[int], turn: int, count: int) -> list[int]:
+    """One or two of the places: the last, to which faults before it lead, and any by turns."""
+    if not places:
+        return []
+    chosen = [places[-1], places[turn % len(places)]]
+    return chosen if count == 2 else [chosen[turn % 2]]
 
 
 _LARGE = 16  # statistics, smaller than that part, may be all rounding

@@ -25,7 +25,6 @@ from .storage import is_near
 __all__ = [
     "SAME_ON_CPU",
     "Normalise",
-    "Operation",
     "is_doubtful",
     "is_operation",
     "is_view",
@@ -37,20 +36,10 @@ __all__ = [
 Edge = tuple[Any, int]
 
 
-class Operation(NamedTuple):
-    """How to repeat a node.
-
-    Attributes:
-        compute: ``compute(*inputs)`` is its output.
-        inputs: each a `Source`, an edge of the graph, or ``None``.
-        compute_: does the same in the memory of its first input.
-        cost: in passes over the output; some functions take as long as several.
-    """
-
-    compute: Callable[..., Tensor]
-    inputs: Sequence[Source | Edge | None]
-    compute_: Callable[..., Tensor] | None = None
-    cost: float = 1.0
+# How to repeat a node: ``compute(*inputs)`` is its output, where an input is a `Source`, an edge of the graph, or ``None``; what
+# does the same in the memory of its first input, if there is such; and its cost in passes over the output, for some functions
+# take as long as several. A plain tuple, for there is one for each node of each recipe.
+Operation = tuple[Callable[..., Tensor], Sequence[Source | Edge | None], Callable[..., Tensor] | None, float]
 
 
 def operation(node: Any, place: int = 0) -> Operation | None:
@@ -171,7 +160,7 @@ def _from_saved(function: Callable[..., Tensor], *names: str, cost: float = 1.0)
 
     def make(node: Any) -> Operation | None:
         source = _given(node._raw_saved_self.data)
-        return None if source is None else Operation(options.of(node), (source,), None, cost)
+        return None if source is None else (options.of(node), (source,), None, cost)
 
     return make
 
@@ -183,7 +172,7 @@ def _from_edge(
     options = _Options(function, names)
 
     def make(node: Any) -> Operation | None:
-        return Operation(options.of(node), node.next_functions[:1], compute_, cost)
+        return (options.of(node), node.next_functions[:1], compute_, cost)
 
     return make
 
@@ -191,7 +180,7 @@ def _from_edge(
 def _gelu(node: Any) -> Operation | None:
     exact = node._saved_approximate == "none"
     source = _given(node._raw_saved_self.data)
-    return None if source is None else Operation(F.gelu if exact else _gelu_by_tanh, (source,), None, 1.0 if exact else 3.0)
+    return None if source is None else (F.gelu if exact else _gelu_by_tanh, (source,), None, 1.0 if exact else 3.0)
 
 
 def _gelu_by_tanh(x: Tensor) -> Tensor:
@@ -209,7 +198,7 @@ def _product(function: Callable[[Any, Any], Tensor]) -> Callable[[Any], Operatio
             if saved is None and edge[0] is None:
                 return None
             inputs.append(edge if saved is None else saved)
-        return Operation(function, inputs)
+        return (function, inputs, None, 1.0)
 
     return make
 
@@ -225,7 +214,7 @@ def _sum(sign: int) -> Callable[[Any], Operation | None]:
         def in_place(a: Tensor, b: Tensor) -> Tensor:
             return a.add_(b, alpha=alpha) if a.shape == size and a.dtype is b.dtype else torch.add(a, b, alpha=alpha)
 
-        return Operation(lambda a, b: torch.add(a, b, alpha=alpha), edges, in_place)
+        return (lambda a, b: torch.add(a, b, alpha=alpha), edges, in_place, 1.0)
 
     return make
 
@@ -272,9 +261,9 @@ def _layer_norm(node: Any) -> Operation | None:
     if known is None:
         return None
     if not known.near:
-        return Operation(known.compute, (source, weight, bias))
+        return (known.compute, (source, weight, bias), None, 1.0)
     rstd = _given(node._raw_saved_result2.data)
-    return None if rstd is None else Operation(known.compute, (source, weight, bias, rstd))
+    return None if rstd is None else (known.compute, (source, weight, bias, rstd), None, 1.0)
 
 
 def _learn_layer_norm(node: Any, source: Source, parameter: Tensor | None) -> _LayerNorm | None:
@@ -350,13 +339,16 @@ def _batch_norm(run: str, eps_name: str) -> Callable[[Any], Operation | None]:
             mean, deviation = _saved(node, "result1"), _saved(node, "result2")
             output = node._input_metadata[0]
             if output.device.type == "cpu" and output.dtype in SAME_ON_CPU and mean is not None and deviation is not None:
-                return Operation(functools.partial(_normalise_again, eps), (source, *affine, mean, deviation))
-            return Operation(functools.partial(_normalise_newly, function, eps), (source, *affine), cost=2.0)
+                return (functools.partial(_normalise_again, eps), (source, *affine, mean, deviation), None, 1.0)
+            return (functools.partial(_normalise_newly, function, eps), (source, *affine), None, 2.0)
         mean, var = _saved(node, "running_mean"), _saved(node, "running_var")
         if mean is None or var is None:
             return None
-        return Operation(
-            lambda x, w, b, mean, var: function(x, w, b, mean, var, False, 0.0, eps)[0], (source, *affine, mean, var)
+        return (
+            lambda x, w, b, mean, var: function(x, w, b, mean, var, False, 0.0, eps)[0],
+            (source, *affine, mean, var),
+            None,
+            1.0,
         )
 
     return make
@@ -436,7 +428,7 @@ def _normalised(node: Any) -> Operation | None:
     if not all(isinstance(source, Source) for source in saved) or not (bias is None or bias.lasts):
         return None
     x, _, _, *affine, mean, rstd = saved
-    return Operation(_normalise, (x, affine[0] if affine else None, bias, mean, rstd))
+    return (_normalise, (x, affine[0] if affine else None, bias, mean, rstd), None, 1.0)
 
 
 def _group_norm(node: Any) -> Operation | None:
@@ -444,16 +436,16 @@ def _group_norm(node: Any) -> Operation | None:
     if source is None or affine is None or not hasattr(node, "_saved_eps"):
         return None
     groups, eps = node._saved_group, node._saved_eps
-    return Operation(lambda x, w, b: torch.group_norm(x, groups, w, b, eps), (source, *affine))
+    return (lambda x, w, b: torch.group_norm(x, groups, w, b, eps), (source, *affine), None, 1.0)
 
 
 def _resized(node: Any) -> Operation | None:
-    return Operation(functools.partial(torch.reshape, shape=_output_size(node)), node.next_functions[:1], None, 0.0)
+    return (functools.partial(torch.reshape, shape=_output_size(node)), node.next_functions[:1], None, 0.0)
 
 
 def _expanded(node: Any) -> Operation | None:
     size = _output_size(node)
-    return Operation(lambda x: x.expand(size), node.next_functions[:1], None, 0.0)
+    return (lambda x: x.expand(size), node.next_functions[:1], None, 0.0)
 
 
 def _cast(node: Any) -> Operation | None:
@@ -461,7 +453,7 @@ def _cast(node: Any) -> Operation | None:
     if hasattr(edges[0][0], "variable"):
         return None  # a parameter's copy: its own version does not tell whether the parameter has changed
     output = node._input_metadata[0]
-    return Operation(functools.partial(_cast_to, output.device, output.dtype), edges[:1])
+    return (functools.partial(_cast_to, output.device, output.dtype), edges[:1], None, 1.0)
 
 
 def _cast_to(device: torch.device, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -475,7 +467,7 @@ def _slice(node: Any) -> Operation | None:
     bounds = slice(start, end, step)
     if len(range(whole[dim])[bounds]) != size[dim]:
         return None
-    return Operation(lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], node.next_functions[:1], None, 0.0)
+    return (lambda x: x[(slice(None),) * (dim % len(whole)) + (bounds,)], node.next_functions[:1], None, 0.0)
 
 
 def _cat(node: Any) -> Operation | None:
@@ -486,20 +478,20 @@ def _cat(node: Any) -> Operation | None:
     # an empty vector fits anything, whatever its shape
     if sum(shape[dim] for shape in shapes if len(shape) == len(size)) != size[dim]:
         return None
-    return Operation(lambda *parts: torch.cat(parts, dim), edges)
+    return (lambda *parts: torch.cat(parts, dim), edges, None, 1.0)
 
 
 def _split(sizes: str) -> Callable[[Any, int], Operation]:
     def make(node: Any, place: int) -> Operation:
         size, dim = getattr(node, sizes), _signed(node._saved_dim)
-        return Operation(lambda x: x.split(size, dim)[place], node.next_functions[:1], cost=0.0)
+        return (lambda x: x.split(size, dim)[place], node.next_functions[:1], None, 0.0)
 
     return make
 
 
 def _unbind(node: Any, place: int) -> Operation:
     dim = _signed(node._saved_dim)
-    return Operation(lambda x: x.select(dim, place), node.next_functions[:1], cost=0.0)
+    return (lambda x: x.select(dim, place), node.next_functions[:1], None, 0.0)
 
 
 def _signed(number: Any) -> Any:
@@ -509,12 +501,12 @@ def _signed(number: Any) -> Any:
 
 def _transpose(node: Any) -> Operation | None:
     dims = _signed(node._saved_dim0), _signed(node._saved_dim1)
-    return Operation(lambda x: x.transpose(*dims), node.next_functions[:1], None, 0.0)
+    return (lambda x: x.transpose(*dims), node.next_functions[:1], None, 0.0)
 
 
 def _permute(node: Any) -> Operation | None:
     dims = [_signed(dim) for dim in node._saved_dims]
-    return Operation(lambda x: x.permute(dims), node.next_functions[:1], None, 0.0)
+    return (lambda x: x.permute(dims), node.next_functions[:1], None, 0.0)
 
 
 # Views of which a node has many; ``chunk`` is a split.

@@ -93,8 +93,12 @@ class Leaf(Odd):
     __slots__ = ()
 
     def __init__(self, tensor: Tensor) -> None:
+        kind = type(tensor)
+        plain = kind is nn.Parameter or kind is Tensor
+        self.tensor = (tensor.detach() if tensor.requires_grad else tensor) if plain else without_graph(tensor)
+        self.version = version_of(tensor)
         base = tensor._base
-        super().__init__(tensor, type(tensor if base is None else base))
+        self.kind = kind if base is None else type(base)
 
     @property
     def lasts(self) -> bool:

@@ -288,7 +288,8 @@ def test_a_batch_norm_of_another_backend(
     before = norm.running_mean.clone()
     found = operation(fake_batch_norm(kind, x, norm, training))
     assert found is not None
-    y = found.compute(*[None if source is None else source.get() for source in found.inputs])  # type: ignore[union-attr]
+    compute, inputs, *_ = found
+    y = compute(*[None if source is None else source.get() for source in inputs])  # type: ignore[union-attr]
     assert backends == ["cudnn_batch_norm" if kind.startswith("Cudnn") else "miopen_batch_norm"]
     assert torch.equal(norm.running_mean, before)
     torch.testing.assert_close(y, norm(x), rtol=0, atol=0)

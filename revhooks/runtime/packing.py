@@ -86,6 +86,8 @@ class Packing(Packer):
         """The pack hook."""
         self._position += 1
         if type(tensor) is not Tensor or _is_tracing():
+            if type(tensor) is nn.Parameter and self._places is not self._nowhere and not _is_tracing():
+                return Leaf(tensor)  # as `_pack_rare`
             return self._pack_rare(tensor)
         base = tensor._base
         node = tensor.grad_fn if base is None else base.grad_fn
@@ -199,13 +201,17 @@ class Packing(Packer):
         known = _known_of(node, shared, whole, NO_PASS)
         if known is None:
             bringer: Recipe | Parked | None = None
-            if self._drops and is_candidate(kind):
-                bringer = recipe_of(shared, whole, self._here(), spot, self._places)
-                self._places.note(spot, bringer is not None)
-            bringer = bringer or self._parked(whole)
+            what, places = self._here(), self._places
+            if self._drops and (not self._moves or is_candidate(kind)):
+                bringer = recipe_of(shared, whole, what, spot, places)
+                if bringer is None or spot in places.vain:
+                    places.note(spot, bringer is not None)
+            if bringer is None and self._moves:
+                bringer = self._parked(whole)
             if bringer is None:
                 return self._noted(tensor, whole, node, kind)
-            known = self._dropped(whole, bringer, kind)
+            known = Dropped(shared, whole, bringer, kind, what)
+            self._fresh.append(_reference(known))
             _note(node, shared, known)
         else:
             self._look_again(known, whole)
@@ -332,11 +338,11 @@ def _in_memory_of(value: Value, tensor: Tensor) -> Source:
 
 def _covers(whole: Tensor, tensor: Tensor) -> bool:
     """Whether ``whole`` is all that lies in the tensor's memory."""
-    return (
-        not is_opaque(tensor)
-        and (whole is tensor or not is_opaque(whole))
-        and whole.nbytes == whole.untyped_storage().nbytes()
-        and whole.dtype is tensor.dtype
-        and (whole is tensor or storage_key(whole) == storage_key(tensor))  # ``.data`` may be another's
-        and (whole.is_contiguous() or Geometry.of(whole).dense)
-    )
+    if is_opaque(tensor):
+        return False
+    storage = tensor.untyped_storage()
+    if whole is not tensor and (
+        is_opaque(whole) or whole.dtype is not tensor.dtype or storage_key(whole) != storage._cdata  # ``.data`` may be another's
+    ):
+        return False
+    return whole.nbytes == storage.nbytes() and (whole.is_contiguous() or Geometry.of(whole).dense)

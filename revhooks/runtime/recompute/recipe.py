@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,20 +42,20 @@ MAX_NODES = 6  # of one recipe
 MOST_COST = 4.0  # passes over the tensor: less memory is to cost next to no time
 
 
-class _Step(NamedTuple):
-    """A node that is repeated: inputs are Sources, numbers, ``None``, or steps before it."""
+class _Step(tuple[Callable[..., Tensor], tuple[Any, ...], str]):
+    """A node that is repeated: what computes it, its inputs, its name. Inputs are Sources, ``None``, or steps before it."""
 
-    compute: Callable[..., Tensor]
-    inputs: tuple[Any, ...]
-    name: str
+    __slots__ = ()
 
     def run(self) -> Tensor:
-        return self.compute(*map(_value_of, self.inputs))
+        compute, inputs, _ = self
+        return compute(*[None if part is None else part.run() if type(part) is _Step else part.get() for part in inputs])
 
     def signature(self) -> tuple[Any, ...]:
         """What it does, and on which parameters."""
-        parts: list[Any] = [self.name]
-        for part in self.inputs:
+        _, inputs, name = self
+        parts: list[Any] = [name]
+        for part in inputs:
             if type(part) is _Step:
                 parts.append(part.signature())
             elif type(part) is Leaf and part.lasts:
@@ -65,13 +65,7 @@ class _Step(NamedTuple):
     @property
     def named(self) -> bool:
         """Whether it starts from parameters too, which tell sites apart."""
-        return any(part.named if type(part) is _Step else type(part) is Leaf and part.lasts for part in self.inputs)
-
-
-def _value_of(part: Any) -> Any:
-    if type(part) is _Step:
-        return part.run()
-    return None if part is None else part.get()
+        return any(part.named if type(part) is _Step else type(part) is Leaf and part.lasts for part in self[1])
 
 
 class Recipe:
@@ -207,8 +201,7 @@ class _Search:
 
     def explains(self, base: Tensor) -> bool:
         """Whether its version may come from steps in its own memory; else it was changed where the graph does not tell."""
-        version = base._version
-        return not version or version < max(len(self._steps), 1)
+        return not base._version or base._version < max(len(self._steps), 1)
 
     def shows(self, base: Tensor) -> bool:
         """Whether versions show every change: steps in the same memory count in its own; what lies between others is unseen.
@@ -245,9 +238,9 @@ class _Search:
             inputs.append(resolved)
         if compute_ is not None:
             first = inputs[0]
-            if type(first) is _Step and not is_view(first.name):
+            if type(first) is _Step and not is_view(first[2]):
                 compute = compute_
-        return _Step(compute, tuple(inputs), name)
+        return _Step((compute, tuple(inputs), name))
 
     def _source(self, part: Any) -> Any:
         """A handle of this run, or of these slots, that holds something else."""

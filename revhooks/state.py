@@ -225,9 +225,9 @@ class Buffers:
         present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and _is_readable(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
-        self.plain = self.plain and _PLAIN_TYPES.issuperset(type(buffer) for _, buffer in present)
+        self.plain = self.plain and _PLAIN_TYPES.issuperset([type(buffer) for _, buffer in present])
         if _overwrites_unread(module):
-            self._written += tuple((owner, name) for name, _ in present)
+            self._written += (*[(owner, name) for name, _ in present],)
             self.overwritten += (module,)
             return
         known = _mutable.get(module, {}).get(module.training)
@@ -417,6 +417,8 @@ def _forget(owner: _Owner) -> None:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether its values can be looked at: it is made already, its memory is there, and it does not lie on several machines."""
+    if type(tensor) is Tensor:  # most buffers are
+        return is_allocated(tensor)
     return not is_lazy(tensor) and not is_foreign(type(tensor)) and is_allocated(tensor)
 
 

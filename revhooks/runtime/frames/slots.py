@@ -209,12 +209,12 @@ class Slots:
         if len(tensors) != len(foreseen.looks):
             return False
         picked, inputs = foreseen.pick(tensors), frame.input_keys
-        return (
-            foreseen.is_shaped(picked)
-            and [*map(_version, picked)] == [*foreseen.pick(self.versions)]
-            and all(_is_passed_as(tensors[place], key) for place, key in foreseen.passed)
-            and all(tensors[place].untyped_storage()._cdata in inputs for place in foreseen.inputs)
-        )
+        if not foreseen.is_shaped(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+            return False
+        for place, key in foreseen.passed:
+            if not _is_passed_as(tensors[place], key):
+                return False
+        return inputs.issuperset([tensors[place].untyped_storage()._cdata for place in foreseen.inputs])
 
     def _look(self, frame: Framed, output: Any) -> Foreseen:
         """Look at everything."""

@@ -22,12 +22,13 @@ class SlotHandle(tuple["Called", "Stretch", int], Source):
     def __del__(self) -> None:
         if self:  # a tracer makes one without arguments
             _, slots, index = self
-            if slots.quick and slots.live > 1 and slots.alive[index]:  # as `kill`: most come here
-                slots.tensors[index] = None
+            if not slots.quick or (slots.live == 1 and slots.alive[index]):
+                slots.kill(index)
+                return
+            slots.tensors[index] = None  # as there: most come here
+            if slots.alive[index]:
                 slots.alive[index] = 0
                 slots.live -= 1
-            else:
-                slots.kill(index)
 
     def within(self, slots: Stretch) -> Source | None:
         """What these slots hold there, if it is one of theirs."""

@@ -25,7 +25,7 @@ FLOORS = {
     "cli": 11, "__main__": 12,
 }  # fmt: skip
 RUNTIME = {
-    "passes": 0, "transforms": 0, "tree": 0,
+    "aside": 0, "passes": 0, "tree": 0,
     "policy": 1, "offload": 2, "handles": 3, "recompute": 4, "calls": 5, "frames": 6,
     "named": 7, "packing": 7, "whole": 7,
     "run": 8,

@@ -21,6 +21,7 @@ from revhooks.saved import Source
 PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without
     "torch._C._dynamo",
+    "torch._dynamo.compiled_autograd",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
 }
 

@@ -23,6 +23,7 @@ from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import is_opaque, storage_key
 from ..tracing import is_traced
+from .aside import make_room
 from .calls.arguments import runs_out
 from .frames.coupling import CouplingFrame
 from .frames.frame import ORDINARY, REMEDIES, Frame
@@ -37,7 +38,6 @@ from .packing import Packing
 from .passes import NO_PASS, current_pass, is_retained
 from .policy.guard import Fallback
 from .policy.plan import Predicate
-from .transforms import make_room
 from .tree import leaves_of
 from .whole import FITS, WholeCalls
 

@@ -593,3 +593,35 @@ def test_ambient_run_keeps_nothing() -> None:
     from revhooks.context import _AMBIENT
 
     assert _AMBIENT.run.stats.held_bytes == 0
+
+
+def test_what_is_saved_may_change_where_the_arguments_look_alike() -> None:
+    """In dtype, layout, shape or number, from one step to another: a replay is compared with its own call."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.form: Callable[[Tensor], Tensor] = lambda x: x
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.form(x).exp().sin().to(x.dtype).mean() * x
+
+    net, x = nn.Sequential(*[Block() for _ in range(3)]), torch.randn(4, 4, requires_grad=True)
+    forms: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x,
+        lambda x: x.double(),
+        lambda x: x.bfloat16(),
+        lambda x: x.t(),
+        lambda x: x.t().contiguous(),
+        lambda x: x[:3],
+        lambda x: x.reshape(2, 8),
+        lambda x: x.exp().cos(),
+    ]
+    for turn in range(24):
+        for block in net:
+            block.form = forms[turn * 5 % len(forms)]
+        for _ in range(1 + turn % 3):
+            (expected,) = torch.autograd.grad(net(x).sum(), x)
+            with revhooks.reversible(replay=Block, ops=False):
+                (got,) = torch.autograd.grad(net(x).sum(), x)
+            assert torch.equal(got, expected)

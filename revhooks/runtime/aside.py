@@ -97,7 +97,8 @@ def _for_backward(original: Any) -> Any:
     def bracketed(outputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_a_runs(_top()) or len(args) < 3 or args[2] or is_compiling() or _is_compiled():  # the third: create_graph
             return original(outputs, *args, **kwargs)
-        nodes: set[Any] = {output.grad_fn if isinstance(output, torch.Tensor) else output.node for output in outputs}
+        with torch._C.DisableTorchFunctionSubclass():
+            nodes: set[Any] = {output.grad_fn if isinstance(output, torch.Tensor) else output.node for output in outputs}
         if None in nodes or len(nodes) > _FEW:
             return original(outputs, *args, **kwargs)
         begun: list[int] = []
@@ -144,4 +145,5 @@ def _is_a_runs(hooks: Any) -> bool:
 def _is_compiled() -> bool:
     """Whether passes are recorded to be compiled, marks and all."""
     module: Any = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and bool(module.compiled_autograd_enabled or module.in_compiled_autograd_region)
+    flags = "compiled_autograd_enabled", "in_compiled_autograd_region"
+    return module is not None and any(getattr(module, flag, False) for flag in flags)

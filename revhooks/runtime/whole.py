@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -229,5 +230,8 @@ def _modes() -> tuple[object, ...]:
 
 def _flags(modules: list[nn.Module]) -> tuple[bytes, bytes]:
     """Which are in training, and which parameters require a gradient."""
-    parameters = [p is not None and p.requires_grad for module in modules for p in module._parameters.values()]
-    return bytes([module.training for module in modules]), bytes(parameters)
+    parameters = [parameter for module in modules if module._parameters for parameter in module._parameters.values()]
+    return bytes(map(_training, modules)), bytes([p is not None and p.requires_grad for p in parameters])
+
+
+_training = attrgetter("training")

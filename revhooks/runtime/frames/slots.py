@@ -100,10 +100,11 @@ class Foreseen:
         self.inputs = [place for place, (_, is_input) in zip(places, brought, strict=True) if is_input]
         return self
 
-    def is_shaped(self, picked: Sequence[Any]) -> bool:
-        """Whether what was picked has the shapes and strides of these."""
+    def is_seen(self, picked: Sequence[Any]) -> bool:
+        """Whether what was picked has the shapes, strides and dtypes of these."""
+        shapes, strides, dtypes = self.seen
         try:
-            return [*map(_shape, picked)] == self.seen[0] and [*map(_stride, picked)] == self.seen[1]
+            return [*map(_shape, picked)] == shapes and [*map(_stride, picked)] == strides and [*map(_dtype, picked)] == dtypes
         except (AttributeError, RuntimeError):  # one is not there, or of another kind
             return False
 
@@ -204,12 +205,12 @@ class Slots:
         frame.run.note_saved(len(self.tensors))
 
     def _is_as(self, foreseen: Foreseen, frame: Framed) -> bool:
-        """Whether what was saved is what was foreseen, and was not modified since; a replay shows whether its dtypes are."""
+        """Whether what was saved is what was foreseen, and was not modified since."""
         tensors = self.tensors
         if len(tensors) != len(foreseen.looks):
             return False
         picked, inputs = foreseen.pick(tensors), frame.input_keys
-        if not foreseen.is_shaped(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+        if not foreseen.is_seen(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
             return False
         for place, key in foreseen.passed:
             if not _is_passed_as(tensors[place], key):
@@ -488,9 +489,7 @@ class Slots:
         for place in foreseen.inputs:  # whose version differs at replay
             self.versions[place] = version_of(saved[place])
         picked = foreseen.pick(saved)
-        if not foreseen.is_shaped(picked) or [*map(_dtype, picked)] != foreseen.seen[2]:
-            return False
-        if [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+        if not foreseen.is_seen(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
             return False
         for place, key in foreseen.passed:
             if saved[place] is not None:

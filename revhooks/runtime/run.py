@@ -260,7 +260,7 @@ class Run(Packing):
                     self.passes.purge(reached=frame.ordinal)
                     self.passes.purge_later(frame, frame.ordinal)
                 self._rebuild(frame, slots, transient=transient)
-                if self._newest is not None and self._newest.compare(frame.ordinal):
+                if self._newest is not None and self._newest.compare(frame.ordinal, plain=slots.plain):
                     self._newest = None
             tensor = slots.read(index)
             if current_pass() == NO_PASS and not self.passes.rebuilding:

@@ -105,7 +105,7 @@ class LeanSlots(Slots):
                 if key not in frame.packed:
                     frame.packed.add(key)
                     self._packed += nbytes
-        self._rebuilt = sum(own.values())
+        self._rebuilt, self.largest = sum(own.values()), max(own.values(), default=0)
         self._seen = []
         self._looks = expected
         self._ledger.pack(self._packed)

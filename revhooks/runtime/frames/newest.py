@@ -18,14 +18,15 @@ class Newest:
     """Whether to keep the newest block in the next step, and what it saved as it is, learned from this one.
 
     Backward begins with all that is held, the newest block and what came after it, a language model's head say. The next peak
-    is there when the block before it has been rebuilt: most that was held for the head is gone by then.
+    is there when the block before it has been rebuilt: most that was held for the head is gone by then, and there will be a
+    gradient as large as the largest tensor that a block saves, of which no books tell.
 
     Args:
         frame: of the newest block.
         ledger: of its run, at the beginning of backward.
     """
 
-    __slots__ = ("_begin", "_facts", "_ledger", "_limit", "_ordinal", "_saved", "_spared", "_stayed")
+    __slots__ = ("_begin", "_facts", "_largest", "_ledger", "_limit", "_ordinal", "_saved", "_spared", "_stayed")
 
     def __init__(self, frame: Frame, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -35,13 +36,14 @@ class Newest:
         self._ordinal = frame.ordinal
         self._stayed = not frame.released
         self._saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
+        self._largest = max((slots.largest for slots in frame.all_slots()), default=0)
         self._spared = sum(slots.spared_bytes for slots in frame.all_slots()) if self._stayed and frame.run.shared.ops else -1
 
-    def compare(self, ordinal: int) -> bool:
-        """A block was rebuilt: whether that was another one, so that it is known now."""
+    def compare(self, ordinal: int, *, plain: bool) -> bool:
+        """A block was rebuilt, with tensors as they are if ``plain``: whether that was another one, so that it is known now."""
         if ordinal >= self._ordinal:
             return False
-        peak = self._ledger.all_held
+        peak = self._ledger.all_held + self._largest
         kept = self._begin if self._stayed else self._begin + self._saved
         gain = kept - max(peak, kept - self._saved)  # by which the peak is lower without it
         worth = max(LEAST, kept // SHARE)
@@ -50,5 +52,6 @@ class Newest:
         elif not self._stayed and 2 * gain < worth:
             self._facts.learn_stays(self._limit, True)
         if self._spared >= 0:
-            self._facts.lean = kept + self._spared - peak > max(_LEAN, kept // SHARE)
+            least = peak - self._spared * plain
+            self._facts.lean = kept + self._spared - least > max(_LEAN, kept // SHARE)
         return True

@@ -53,6 +53,7 @@ class Foreseen:
         live: how many are brought back.
         packed: bytes that plain autograd would hold for them, and for no slots of the frame before.
         rebuilt: bytes that they take when they are brought back.
+        largest: bytes of the largest of these.
         saves_input: whether one lies in the frame's input.
         outputs: which lie in the memory of what the call returned.
     """
@@ -63,6 +64,7 @@ class Foreseen:
             "inputs",
             "kinds",
             "large",
+            "largest",
             "live",
             "looks",
             "outputs",
@@ -87,6 +89,7 @@ class Foreseen:
         self.live = 0
         self.packed = 0
         self.rebuilt = 0
+        self.largest = 0
         self.saves_input = False
         self.outputs: tuple[int, ...] = ()
 
@@ -131,6 +134,7 @@ class Slots:
         "_rebuilt",
         "alive",
         "asked",
+        "largest",
         "live",
         "plain",
         "position",
@@ -154,6 +158,7 @@ class Slots:
         self._bulk = 0  # bytes that it counts for all
         self._packed = 0  # bytes that plain autograd would hold
         self._rebuilt = 0  # bytes that they take when they are brought back
+        self.largest = 0  # bytes of the largest of these
         self._raw = True  # while the call runs what is there still has its graph
         self._outputs: list[tuple[Tensor, int]] = []  # version counters of what was returned, and what they said
         self.asked = False  # whether forward itself has read one of them: it took a gradient
@@ -197,7 +202,7 @@ class Slots:
         self._foreseen, self._looks, self._kinds = foreseen, foreseen.looks, foreseen.kinds
         self.alive = bytearray(foreseen.alive)
         self.live = foreseen.live
-        self._rebuilt = foreseen.rebuilt
+        self._rebuilt, self.largest = foreseen.rebuilt, foreseen.largest
         frame.saves_input |= foreseen.saves_input
         self._outputs = [(version_probe(self.tensors[index]), self.versions[index]) for index in foreseen.outputs]
         self._packed = foreseen.packed
@@ -242,6 +247,7 @@ class Slots:
         found.live = sum(found.alive)
         found.outputs = tuple(places)
         found.rebuilt = sum(size for key, size in own.items() if key not in inputs)
+        found.largest = max(own.values(), default=0)
         found.packed = sum(size for key, size in own.items() if key not in frame.packed)
         frame.packed.update(own)
         alive = [(place, tensor) for place, tensor in enumerate(self.tensors) if found.alive[place]]

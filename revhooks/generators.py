@@ -47,6 +47,11 @@ def _numpy_peek() -> Callable[[], Any] | None:
     return lambda: (id(numpy_random.mtrand._rand._bit_generator), words[624], words[0], words[623])
 
 
+def _torch_mark() -> bytes:
+    """The same for torch's generator of the CPU: its whole state, which is cheap to read."""
+    return _bytes(torch.default_generator.get_state())
+
+
 def _bytes(state: Tensor) -> bytes:
     found: bytes = state.numpy().tobytes()
     return found
@@ -102,12 +107,9 @@ def _of(states: _States) -> tuple[Any, ...]:
 
 def _accelerator(device: torch.device) -> torch.device | None:
     """The device whose generators a call may draw from; one that gets tensors on the CPU may work on CUDA too."""
-    if device.type not in _NEAR:
+    if device.type not in ("cpu", "meta"):
         return device
     return torch.device("cuda") if torch.cuda.is_initialized() else None
-
-
-_NEAR = ("cpu", "meta")
 
 
 def _device_state(device: torch.device) -> _States:
@@ -145,15 +147,13 @@ class RngTracker:
 
     def marks(self, device: torch.device) -> tuple[Any, ...]:
         """Equal marks: nothing was drawn in between (but the second of a pair that numpy's ``normal`` makes)."""
-        numpy_peek = self._numpy_peek
-        if numpy_peek is None:
-            numpy_peek = self._numpy_peek = _peek("numpy", _numpy_peek)
-        far = device.type not in _NEAR or torch.cuda.is_initialized()
+        if self._numpy_peek is None:
+            self._numpy_peek = _peek("numpy", _numpy_peek)
         return (
-            torch.default_generator.get_state().numpy().tobytes(),  # all of it, which is cheap to read
+            _torch_mark(),
             self._python_peek(),
-            numpy_peek() if numpy_peek is not None else None,
-            self._device_marks(device) if far else None,
+            self._numpy_peek() if self._numpy_peek is not None else None,
+            self._device_marks(device),
         )
 
     def _device_marks(self, device: torch.device) -> Any:
@@ -167,7 +167,7 @@ class RngTracker:
 
     def torch_marks(self, device: torch.device) -> Any:
         """The same for torch's generators only."""
-        return _bytes(torch.default_generator.get_state()), self._device_marks(device)
+        return _torch_mark(), self._device_marks(device)
 
     def torch_state(self, device: torch.device, marks: Any) -> Rng:
         """The state of torch's generators, whose marks are these; read only when they have moved."""

@@ -185,10 +185,10 @@ class Packing(Packer):
             code = codes.code_of(tensor, self._here()) if unshared else None
             if code is not None:
                 code.hold(self._ledger)
-                return self._dropped(tensor, code, type(None))
+                return self._dropped(tensor, code, type(None), self._here())
             parked = self._parked(tensor)
             if parked is not None:
-                return self._dropped(tensor, parked, type(None))
+                return self._dropped(tensor, parked, type(None), self._here())
         return self._held(tensor, type(None))
 
     # -- what is let go of
@@ -204,14 +204,12 @@ class Packing(Packer):
             what, places = self._here(), self._places
             if self._drops and (not self._moves or is_candidate(kind)):
                 bringer = recipe_of(shared, whole, what, spot, places)
-                if bringer is None or spot in places.vain:
-                    places.note(spot, bringer is not None)
+                places.note(spot, bringer is not None)
             if bringer is None and self._moves:
                 bringer = self._parked(whole)
             if bringer is None:
                 return self._noted(tensor, whole, node, kind)
-            known = Dropped(shared, whole, bringer, kind, what)
-            self._fresh.append(_reference(known))
+            known = self._dropped(whole, bringer, kind, what)
             _note(node, shared, known)
         else:
             self._look_again(known, whole)
@@ -239,8 +237,8 @@ class Packing(Packer):
         offload = self.shared.offload
         return Parked(offload) if self._moves and offload is not None and offload.takes(tensor) else None
 
-    def _dropped(self, tensor: Tensor, bringer: Bringer, kind: type) -> Dropped:
-        handle = Dropped(self.shared, tensor, bringer, kind, self._here())
+    def _dropped(self, tensor: Tensor, bringer: Bringer, kind: type, what: str) -> Dropped:
+        handle = Dropped(self.shared, tensor, bringer, kind, what)
         self._fresh.append(_reference(handle))
         return handle
 

@@ -111,6 +111,10 @@ class Foreseen:
         except (AttributeError, RuntimeError):  # one is not there, or of another kind
             return False
 
+    def is_at(self, versions: Sequence[int], picked: Sequence[Any]) -> bool:
+        """Whether what was picked has its versions among those of all."""
+        return [*map(_version, picked)] == [*self.pick(versions)]
+
 
 class Slots:
     """What one stretch of code saved: a branch, or the glue around branches.
@@ -215,7 +219,7 @@ class Slots:
         if len(tensors) != len(foreseen.looks):
             return False
         picked, inputs = foreseen.pick(tensors), frame.input_keys
-        if not foreseen.is_seen(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+        if not foreseen.is_seen(picked) or not foreseen.is_at(self.versions, picked):
             return False
         for place, key in foreseen.passed:
             if not _is_passed_as(tensors[place], key):
@@ -404,10 +408,10 @@ class Slots:
         return self._damaged() is None
 
     def _damaged(self) -> int | None:
-        if self._raw and self._foreseen is not None and self.live == self._foreseen.live:
-            pick = self._foreseen.pick
-            if [*map(_version, pick(self.tensors))] == [*pick(self.versions)]:
-                return None
+        foreseen = self._foreseen
+        complete = self._raw and foreseen is not None and self.live == foreseen.live
+        if foreseen is not None and complete and foreseen.is_at(self.versions, foreseen.pick(self.tensors)):
+            return None
         for index, tensor in enumerate(self.tensors):
             if tensor is not None and index < len(self.alive) and self.alive[index] and tensor._version != self.versions[index]:
                 return index
@@ -495,7 +499,7 @@ class Slots:
         for place in foreseen.inputs:  # whose version differs at replay
             self.versions[place] = version_of(saved[place])
         picked = foreseen.pick(saved)
-        if not foreseen.is_seen(picked) or [*map(_version, picked)] != [*foreseen.pick(self.versions)]:
+        if not foreseen.is_seen(picked) or not foreseen.is_at(self.versions, picked):
             return False
         for place, key in foreseen.passed:
             if saved[place] is not None:

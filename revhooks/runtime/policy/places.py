@@ -40,39 +40,38 @@ class Places:
 
     Attributes:
         sites: by place.
-        vain: places that were searched in vain, negative; then how often they are passed over.
     """
 
-    __slots__ = ("sites", "vain")
+    __slots__ = ("_vain", "sites")
 
     def __init__(self) -> None:
         self.sites: dict[object, Site] = {}
-        self.vain: dict[object, int] = {}
+        self._vain: dict[object, int] = {}  # searches in vain, negative; then how often a place is passed over
 
     def passes_over(self, place: object) -> bool:
         """Whether nothing was found there, so often that it is not looked for now."""
-        left = self.vain.get(place, 0)
+        left = self._vain.get(place, 0)
         if left <= 0:
             return False
-        self.vain[place] = left - 1 if left > 1 else 1 - IN_VAIN
+        self._vain[place] = left - 1 if left > 1 else 1 - IN_VAIN
         return True
 
     def note(self, place: object, found: bool) -> None:
         """Whether something was found there."""
         if found:
-            self.vain.pop(place, None)
+            self._vain.pop(place, None)
             return
-        left = self.vain.get(place, 0) - 1
-        if len(self.vain) > _MANY:
-            self.vain.clear()
-        self.vain[place] = left if left > -IN_VAIN else _AGAIN
+        left = self._vain.get(place, 0) - 1
+        if len(self._vain) > _MANY:
+            self._vain.clear()
+        self._vain[place] = left if left > -IN_VAIN else _AGAIN
 
     def learn(self, place: object, site: Site) -> None:
         """A new one."""
         if len(self.sites) > _MANY:
             self.sites.clear()
         self.sites[place] = site
-        self.vain.clear()
+        self._vain.clear()
 
 
 _models: dict[int, tuple[weakref.ref[Tensor], Places]] = {}

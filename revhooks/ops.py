@@ -224,7 +224,7 @@ def _parameter(edge: Edge) -> Source | None:
     return None if variable is None else Leaf(variable)
 
 
-_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps)
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-3, 1e-4, 1e-7, 0.0, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -232,14 +232,28 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(torch.nan_to_num(a, nan=-1.0), torch.nan_to_num(b, nan=-1.0))
 
 
-def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> float | None:
+def _layer_norm_rows(
+    x: Tensor, shape: tuple[int, ...], eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    y, _, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+    return y, rstd
+
+
+def _rms_norm_rows(x: Tensor, shape: tuple[int, ...], eps: float, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    y, rstd = torch.ops.aten._fused_rms_norm(x, shape, weight, eps)
+    return y, rstd
+
+
+_Rows = Callable[..., tuple[Tensor, Tensor]]  # what is normalised, and the inverse deviations of its rows
+
+
+def _eps_by(rows_of: _Rows, x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> float | None:
     """The eps that gives the deviations; ``None`` if none does, or if deviations of a narrow dtype do not tell."""
     rows = x.reshape(-1, *shape)
     deviations = rstd.reshape(-1)
 
     def matches(eps: float, count: int = 32) -> bool:
-        again = torch.native_layer_norm(rows[:count], shape, None, None, eps)[2]
-        return _same_bits(again.reshape(-1), deviations[:count])
+        return _same_bits(rows_of(rows[:count], shape, eps)[1].reshape(-1), deviations[:count])
 
     eps = next((eps for eps in _EPSILONS if matches(eps)), None)
     if eps is None or not matches(1.01 * eps + 1e-30):
@@ -248,72 +262,82 @@ def _eps_by(x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> float | None:
     return eps if rstd.dtype in (torch.float32, torch.float64) and matches(eps, len(rows)) else None
 
 
-def _layer_norm(node: Any) -> Operation | None:
-    """Its eps is not saved; the result depends on it only by way of rstd, which is."""
-    source = _given(node._raw_saved_input.data)
-    if source is None:
-        return None
-    weight, bias = _given(node._raw_saved_weight.data), _given(node._raw_saved_bias.data)
-    parameter = getattr(node.next_functions[1][0], "variable", None)
-    known = _layer_norms.get(id(parameter)) if parameter is not None else None
-    if known is None or known.weight() is not parameter:
-        known = _learn_layer_norm(node, source, parameter)
-    if known is None:
-        return None
-    if not known.near:
-        return (known.compute, (source, weight, bias), None, 1.0)
-    rstd = _given(node._raw_saved_result2.data)
-    return None if rstd is None else (known.compute, (source, weight, bias, rstd), None, 1.0)
+def _of_rows(rows_of: _Rows, saved_rstd: str, *affine: str) -> Callable[[Any], Operation | None]:
+    """A normalisation of rows. Its eps is not saved; the result depends on it only by way of rstd, which is."""
+    raw_rstd, raw_affine = f"_raw_saved_{saved_rstd}", [f"_raw_saved_{name}" for name in affine]
+
+    def recipe(node: Any) -> Operation | None:
+        source = _given(node._raw_saved_input.data)
+        if source is None:
+            return None
+        parameters = [_given(getattr(node, name).data) for name in raw_affine]
+        parameter = getattr(node.next_functions[1][0], "variable", None)
+        known = _row_norms.get(id(parameter)) if parameter is not None else None
+        if known is None or known.weight() is not parameter or known.rows_of is not rows_of:
+            known = _learn_rows(rows_of, node, source, parameter, raw_rstd)
+        if known is None:
+            return None
+        if not known.near:
+            return (known.compute, (source, *parameters), None, 1.0)
+        rstd = _given(getattr(node, raw_rstd).data)
+        return None if rstd is None else (known.compute, (source, *parameters, rstd), None, 1.0)
+
+    return recipe
 
 
-def _learn_layer_norm(node: Any, source: Source, parameter: Tensor | None) -> _LayerNorm | None:
+def _learn_rows(rows_of: _Rows, node: Any, source: Source, parameter: Tensor | None, raw_rstd: str) -> _RowNorm | None:
     """How a layer normalises, as its rows show; without a weight, on an accelerator, as those of another like it have shown."""
     output, shape = node._input_metadata[0], tuple(node._saved_normalized_shape)
     near = is_near(output.device)
-    key: Any = id(parameter) if parameter is not None else None if near else (shape, output.dtype)
-    if parameter is None and key in _layer_norms:
-        return _layer_norms[key]
-    rstd = _given(node._raw_saved_result2.data)
+    key: Any = id(parameter) if parameter is not None else None if near else (rows_of, shape, output.dtype)
+    if parameter is None and key in _row_norms:
+        return _row_norms[key]
+    rstd = _given(getattr(node, raw_rstd).data)
     if rstd is None or is_capturing(output.device):  # to find it out reads values
         return None
-    eps = _eps_by(_value_of(source), shape, _value_of(rstd))
+    eps = _eps_by(rows_of, _value_of(source), shape, _value_of(rstd))
     if eps is None:
         return None
     reference = None if parameter is None else weakref.ref(parameter)
-    found = _LayerNorm(reference, functools.partial(_normalise_rows, shape, eps), near)
-    if len(_layer_norms) > _MANY * _MANY:
-        _layer_norms.clear()
+    found = _RowNorm(reference, rows_of, functools.partial(_normalise_rows, rows_of, shape, eps), near)
+    if len(_row_norms) > _MANY * _MANY:
+        _row_norms.clear()
     if key is not None:
-        _layer_norms[key] = found
+        _row_norms[key] = found
     return found
 
 
-class _LayerNorm(NamedTuple):
+class _RowNorm(NamedTuple):
     """How a layer normalises, as its rows have shown."""
 
     weight: Any
+    rows_of: _Rows
     compute: Callable[..., Tensor]
     near: bool
 
 
-_layer_norms: dict[Any, _LayerNorm] = {}
+_row_norms: dict[Any, _RowNorm] = {}
 
 
-def _normalise_rows(
-    shape: tuple[int, ...], first: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rstd: Tensor
-) -> Tensor:
+def _normalise_rows(rows_of: _Rows, shape: tuple[int, ...], first: float, x: Tensor, *given: Tensor | None) -> Tensor:
+    """With the parameters that it takes, and where values are near with the deviations that have to come out."""
+    count = _AFFINE[rows_of]
+    parameters, rstd = given[:count], given[count:]
     for eps in (first, *_EPSILONS):
-        y, _, again = torch.native_layer_norm(x, shape, weight, bias, eps)
-        if not rstd or torch.equal(again, rstd[0]) or _same_bits(again, rstd[0]):
+        y, again = rows_of(x, shape, eps, *parameters)
+        if not rstd or torch.equal(again, rstd[0]) or _same_bits(again, rstd[0]):  # type: ignore[arg-type] # it is there
             return y
     raise ReplayError(
         explain(
-            "a LayerNorm that is recomputed",
+            "a normalisation that is recomputed",
             expected="the standard deviations that it saved",
             got="others",
             remedy="use reversible(ops=False)",
         )
     )
+
+
+_AFFINE = {_layer_norm_rows: 2, _rms_norm_rows: 1}  # how many parameters they take
 
 
 def _affine(node: Any) -> tuple[Any, Any] | None:
@@ -548,6 +572,7 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
         cost=3.0,
     ),
     "ExpBackward0": _from_edge(torch.exp),
+    "FusedRmsNormBackward0": _of_rows(_rms_norm_rows, "result1", "weight"),
     "GeluBackward0": _gelu,
     "HardsigmoidBackward0": _from_saved(F.hardsigmoid),
     "HardswishBackward0": _from_saved(F.hardswish),
@@ -559,7 +584,7 @@ _OPERATIONS: dict[str, Callable[[Any], Operation | None]] = {
     "MulBackward0": _product(torch.mul),
     "NativeBatchNormBackward0": _batch_norm("native_batch_norm", "_saved_eps"),
     "NativeGroupNormBackward0": _group_norm,
-    "NativeLayerNormBackward0": _layer_norm,
+    "NativeLayerNormBackward0": _of_rows(_layer_norm_rows, "result2", "weight", "bias"),
     "NormaliseBackward": _normalised,
     "NegBackward0": _from_edge(torch.neg),
     "PowBackward0": _from_saved(torch.pow, "exponent"),

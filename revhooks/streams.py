@@ -28,8 +28,12 @@ def stream_of(device: torch.device) -> Any:
 
 
 def follow(tensor: Tensor, made_on: Any) -> None:
-    """Let the current stream use a tensor that was made on a stream (`stream_of`), and its memory stay until then."""
-    if stream_of(tensor.device) != made_on:
+    """Let the current stream use a tensor that was made on a stream (`stream_of`), and its memory stay until then.
+
+    A tensor of a device without streams, as an operation of a GPU saves its seed, waits for nothing.
+    """
+    current = stream_of(tensor.device)
+    if current is not None and current != made_on:
         _join(tensor, made_on)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,13 +15,14 @@ from torch.utils import _pytree
 
 import revhooks
 from revhooks.runtime.tree import flatten, leaves_of, map_tensors
+from tests.devices import DEVICE
 
 
 class Checked(namedtuple("Checked", "x scale")):
     """Checks what it is made of."""
 
     def __new__(cls, x: Tensor, scale: Tensor) -> Checked:
-        if not isinstance(x, Tensor) or x.device.type != "cpu":
+        if not isinstance(x, Tensor) or x.device.type != DEVICE.type:
             raise TypeError("no tensor")
         return super().__new__(cls, x, scale)
 
@@ -234,9 +235,12 @@ def test_packed_sequences() -> None:
             for one in x:
                 one.grad = None
             with run:
-                packed = nn.utils.rnn.pack_sequence(x, enforce_sorted=False)
+                with torch.device("cpu"):  # where it has the lengths
+                    packed = nn.utils.rnn.pack_sequence(x, enforce_sorted=False)
                 out, _ = call(layer, packed)
-                nn.utils.rnn.pad_packed_sequence(out)[0].square().sum().backward()
+                with torch.device("cpu"):
+                    padded, _ = nn.utils.rnn.pad_packed_sequence(out)
+                padded.square().sum().backward()
             return [p.grad for p in (*layer.parameters(), *x)]
 
         expected = step(revhooks.reversible(budget=float("inf")), plainly)
@@ -484,3 +488,46 @@ def test_a_tree_leaves_no_cycle() -> None:
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+class _Seeds(torch.autograd.Function):
+    """Saves a tensor whose device is another one from call to call, as attention's seeds under a CUDA graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, device: str) -> Tensor:
+        ctx.save_for_backward(x, torch.zeros(2, device=device))
+        ctx.device = device
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, seeds = ctx.saved_tensors
+        assert seeds.device.type == ctx.device
+        return grad * x.cos(), None
+
+
+@pytest.mark.parametrize("ops", [True, False])
+def test_a_saved_tensor_on_another_device_than_the_time_before(ops: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, device: str) -> Tensor:
+            made: Tensor = _Seeds.apply(self.layer(x), device)
+            return made.tanh()
+
+    blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def step(device: str) -> Sequence[Tensor]:
+        h = torch.ones(2, 4)
+        for block in blocks:
+            h = block(h, device)
+        return torch.autograd.grad(h.sum(), list(blocks.parameters()))
+
+    want = step("meta")
+    for _ in range(4):
+        for device in (DEVICE.type, "meta"):
+            with revhooks.reversible(replay=Block, ops=ops) as run:
+                assert all(map(torch.equal, step(device), want))
+            assert run.stats.replays

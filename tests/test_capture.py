@@ -18,6 +18,8 @@ from revhooks.errors import CaptureError
 from revhooks.generators import RngTracker
 from tests.conftest import conv_branch, mlp
 
+pytestmark = pytest.mark.cpu(reason="its captures are played; those of a GPU are in test_gpu.py")
+
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique")
 
 

@@ -289,6 +289,7 @@ def test_a_branch_that_owns_its_input(block: str, request: pytest.FixtureRequest
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.near(reason="what is saved again is compared at once there, elsewhere the step is lost")
 @pytest.mark.parametrize("edit", ["roll", "two rows", "one element"])
 @pytest.mark.parametrize("when", [(0, 0, 1, 1), (1, 1, 1)])
 @pytest.mark.parametrize("budget", [0, 5e4])
@@ -313,6 +314,7 @@ def test_an_edit_between_two_saves_of_one_tensor(edit: str, when: tuple[int, ...
     assert all(map(torch.equal, got, train(contextlib.nullcontext())))
 
 
+@pytest.mark.near(reason="all that is rebuilt is compared there, elsewhere a few hundred elements")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_replay_that_differs_in_one_channel(dtype: torch.dtype) -> None:
     """Of 4,096: hardly any of the elements that are compared lie there."""
@@ -333,6 +335,7 @@ def test_a_replay_that_differs_in_one_channel(dtype: torch.dtype) -> None:
 _place = 0  # a number that no call owns
 
 
+@pytest.mark.near(reason="all that is rebuilt is compared there, elsewhere a few hundred elements")
 def test_an_inverse_that_is_wrong_for_one_row(request: pytest.FixtureRequest) -> None:
     class Clamps(nn.Module):
         def __init__(self) -> None:

@@ -70,6 +70,7 @@ def test_gradients_are_bitwise_plain_at_depth_96(kind: str, narrow: bool, gain: 
         assert stats.held_bytes == 0
 
 
+@pytest.mark.cpu(reason="how far it drifts depends on its kernels and on what is drawn")
 def test_the_same_net_without_a_grid_drifts() -> None:
     net = build("sequence", 96, 1.0, True, None)
     x = torch.randn(4, 16)

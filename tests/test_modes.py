@@ -30,11 +30,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @contextlib.contextmanager
 def default_device(name: str) -> Iterator[None]:
+    before = torch.get_default_device()
     torch.set_default_device(name)
     try:
         yield
     finally:
-        torch.set_default_device(None)
+        torch.set_default_device(None if before.type == "cpu" else before)
 
 
 WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
@@ -98,6 +99,7 @@ def registered() -> Iterator[None]:
     revhooks.unregister(Shift)
 
 
+@pytest.mark.cpu(reason="its blocks are there; what differs is the meta device")
 @pytest.mark.parametrize("where", ["here", "elsewhere", "after"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", models())
@@ -137,6 +139,7 @@ def test_a_replay_makes_its_tensors_where_forward_did(
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+@pytest.mark.cpu(reason="its blocks are there; what differs is the meta device")
 def test_a_default_device_of_backward_is_not_forwards() -> None:
     block = nn.Sequential(Makes(8), Makes(8))
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -216,12 +219,14 @@ def test_autocast_of_another_device_than_the_arguments() -> None:
         assert [kind for kind, _ in modes.of_call(CPU).autocast] == ["cuda"]
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert modes.of_call(CPU) is None
+    after = modes.of_call(CPU)  # another default device is one
+    assert after is None or not after.autocast
 
 
 # -- generators
 
 
+@pytest.mark.cpu(reason="marks of its generator")
 def test_marks_tell_every_draw() -> None:
     tracker = generators.RngTracker()
     torch.manual_seed(1)
@@ -291,16 +296,21 @@ def test_a_call_may_draw_on_another_device_than_its_arguments(device: torch.devi
 
 @pytest.fixture
 def settings() -> Iterator[None]:
-    """Leaves the process as it was."""
-    before, sums = precision._all(), precision._sums()
+    """As torch begins; leaves the process as it was."""
+    before, sums, words = precision._all(), precision._sums(), precision._words()
+    _as_torch_begins()
     yield
+    _as_torch_begins()
+    precision._write(before, sums, words)
+    assert precision._all() == before
+    assert precision._words() == words
+
+
+def _as_torch_begins() -> None:
     for kind in ("generic", "cuda", "mkldnn"):
         precision._set(kind, "all", "none")
     torch._C._set_float32_matmul_precision("highest")
     torch._C._set_cudnn_allow_tf32(True)
-    precision._write(before, sums, (None, None))
-    assert precision._all() == before
-    assert precision._words() == ("highest", True)
 
 
 @pytest.fixture
@@ -372,6 +382,7 @@ class Asks(nn.Module):
         return self.layer(x).sin()
 
 
+@pytest.mark.cpu(reason="its products are told apart by their words")
 def test_a_replay_multiplies_as_forward_did(settings: None) -> None:
     couplings = nn.Sequential(*[rnn.AdditiveCoupling(Asks(), Asks(), dim=-1) for _ in range(2)], nn.Linear(8, 4), Asks(), Asks())
     torch.set_float32_matmul_precision("medium")
@@ -424,6 +435,7 @@ def _bounds_seen(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -
     return set(seen)
 
 
+@pytest.mark.cpu(reason="its words for products; CUDA has no bfloat16 among them")
 def test_the_guards_bounds_see_it(rounding: None, settings: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def dense() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 4), nn.Tanh())

@@ -115,7 +115,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def layer_of(name: str, coeff: float = 0.1) -> tuple[SpectralLayer, nn.Module, Tensor]:
     """A layer that has seen an input, the plain layer that it was, and the input."""
     make, shape = LAYERS[name]
-    plain = make().double()
+    with torch.device("cpu"):  # how fast norms converge depends on what is drawn
+        plain = make().double()
+    plain.to(DEVICE)
     layer = contract(copy.deepcopy(plain), coeff)
     assert isinstance(layer, SpectralLayer)
     x = torch.randn(4, *shape, dtype=F64)

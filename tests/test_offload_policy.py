@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import revhooks
 from bench.offload_device import SCALE, Device, Layer, Mark, Simulated, forward
+from revhooks.runtime import packing
 from revhooks.runtime.offload import lane, learning
 from revhooks.runtime.offload import parked as offload
 from revhooks.runtime.offload.schedule import Timeline, choose, schedule
@@ -363,3 +364,31 @@ def test_gradients_are_those_without(name: str, budget: int | None, simulate: Ru
     plans = [known.plan for known in learning.facts_of(x.device)._known.values() if known.plan is not None]
     assert plans
     assert any(plan.moves for plan in plans) or len(plans[0].settled) < 4
+
+
+@pytest.mark.parametrize("rate", [0.5, 50])
+def test_a_step_is_the_same_whatever_of_it_moves(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that two operations save is one of the step, when it stays as when it goes: else no step is ever known again."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.a(h) + self.b(h)
+
+    monkeypatch.setattr(offload, "LEAST", 0)
+    monkeypatch.setattr(packing, "looks", {})
+    monkeypatch.setattr(packing, "LOOKS", 16)  # soon nobody looks any more whether the tensor is a source
+    learning._FACTS.clear()
+    device = Device(rate * GB, rate * GB)
+    mover = Simulated(device)
+    monkeypatch.setitem(offload.MOVERS, "cpu", lambda: mover)
+    model, x = nn.Sequential(*[Twice() for _ in range(8)]), torch.randn(64, 16)
+    for _ in range(10):
+        with revhooks.reversible(offload=True):
+            model(x).square().mean().backward()
+        device.synchronize()
+    assert len(learning._FACTS[x.device]._known) == 1

@@ -803,6 +803,7 @@ def test_backward_from_another_thread(kind: str) -> None:
 # -- the guard
 
 
+@pytest.mark.cpu(reason="how far it drifts depends on how its kernels round")
 def test_drift_is_caught_named_and_gone_in_the_next_step() -> None:
     """Gain 2, depth 128, bfloat16 streams; at 96 the rounding of torch 2.11 stays within the bound (DESIGN section 8)."""
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from revhooks import nn as rnn
 from revhooks import streams
 from tests.conftest import mlp
 
+pytestmark = pytest.mark.cpu(reason="its streams are played")
+
 
 class On(torch.autograd.Function):
     """Sets the stream on which the nodes before it run in backward."""
@@ -80,3 +82,38 @@ def test_one_stream_waits_for_nothing(now: list[str], joined: list[Any]) -> None
     with revhooks.reversible(replay=nn.Linear):
         model(torch.randn(3, 8)).square().sum().backward()
     assert not joined
+
+
+class Seeded(torch.autograd.Function):
+    """Saves a tensor of a device without streams, as operations of a GPU save their seeds on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, torch.empty(7, device="meta"))
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, seed = ctx.saved_tensors
+        assert seed.is_meta
+        return grad * x.cos()
+
+
+@pytest.mark.parametrize("ops", [True, False])
+def test_a_tensor_of_a_device_without_streams_waits_for_nothing(ops: bool, now: list[str], joined: list[Any]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return On.apply(Seeded.apply(self.layer(x)).tanh(), now, "one")  # type: ignore[no-untyped-call]
+
+    model, x = nn.Sequential(Block(), Block()), torch.randn(6, 5, requires_grad=True)
+    want = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+    for _ in range(3):
+        with revhooks.reversible(replay=Block, ops=ops) as run:
+            got = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+        assert run.stats.replays
+        assert all(map(torch.equal, got, want))
+    assert (7,) not in [shape for _, shape in joined]

@@ -153,6 +153,7 @@ def same(a: list[Any], b: list[Any], tol: float = 1e-9) -> bool:
     )
 
 
+@pytest.mark.cpu(reason="plays the thread of a device, which waits for the real one")
 @pytest.mark.parametrize("multithreading", [True, False])
 @pytest.mark.parametrize("backward", [lambda call: call(), in_thread, carried], ids=["here", "elsewhere", "carried"])
 @pytest.mark.parametrize("name", blocks())
@@ -190,6 +191,7 @@ def test_nothing_of_a_call_is_kept_in_the_thread() -> None:
     assert not forward.replaying  # type: ignore[union-attr]
 
 
+@pytest.mark.cpu(reason="plays the thread of a device, which waits for the real one")
 def test_two_threads_at_once_in_one_call_are_kept_in_order() -> None:
     """As on two devices: in what order they save is chance, so what was saved stays."""
 
@@ -235,6 +237,7 @@ def test_two_threads_at_once_in_one_call_are_kept_in_order() -> None:
     del y
 
 
+@pytest.mark.cpu(reason="plays the thread of a device, which waits for the real one")
 @pytest.mark.parametrize("inner", ["ours", "torch's", "save_on_cpu"])
 def test_a_nested_checkpoint_whose_replay_is_asked_for_in_another_thread(inner: str) -> None:
     """The thread of an outer replay waits for it and has the lock."""

@@ -22,6 +22,7 @@ PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without
     "torch._C._dynamo",
     "torch._dynamo.compiled_autograd",
+    "torch.ops.aten._fused_rms_norm",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
 }
 
@@ -147,6 +148,7 @@ NODES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], str]] = {
 }
 ELSEWHERE = {  # no program on a CPU makes one
     "CudnnBatchNormBackward0",
+    "FusedRmsNormBackward0",
     "MiopenBatchNormBackward0",
     "NormaliseBackward",  # of this package
     "ReshapeAliasBackward0",
@@ -265,6 +267,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return called  # type: ignore[return-value]
 
 
+@pytest.mark.cpu(reason="other backends are played by its kernels")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["CudnnBatchNormBackward0", "MiopenBatchNormBackward0"])
 @pytest.mark.parametrize(
@@ -301,3 +304,32 @@ def test_a_batch_norm_of_another_backend_that_lacks_an_attribute(attribute: str)
     node = fake_batch_norm("CudnnBatchNormBackward0", torch.randn(4, 3), nn.BatchNorm1d(3), training=True)
     delattr(node, attribute)
     assert operation(node) is None
+
+
+# -- the fused RMS norm, which the CPU makes of other operations
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5, None])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_rms_norm(dtype: torch.dtype, weighted: bool, eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its eps is found by the deviations that it saved."""
+    monkeypatch.setattr(ops, "_row_norms", {})
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 8, dtype=dtype)
+    weight = nn.Parameter(torch.randn(8, dtype=dtype)) if weighted else None
+    with torch.no_grad():
+        y, rstd = torch.ops.aten._fused_rms_norm(x, (8,), weight, eps)
+    node = type("FusedRmsNormBackward0", (SimpleNamespace,), {})(
+        _raw_saved_input=Meta(data=Handle(x)),
+        _raw_saved_weight=Meta(data=None if weight is None else Handle(weight)),
+        _raw_saved_result1=Meta(data=Handle(rstd)),
+        _saved_normalized_shape=(8,),
+        _input_metadata=[Meta(shape=y.shape, dtype=y.dtype, device=y.device)],
+        next_functions=((None, 0), (Meta(variable=weight) if weighted else None, 0)),
+    )
+    for _ in range(2):  # learned, and known
+        found = operation(node)
+        assert found is not None
+        compute, inputs, *_ = found
+        assert torch.equal(compute(*[None if source is None else source.get() for source in inputs]), y)  # type: ignore[union-attr]

@@ -223,7 +223,8 @@ class Packing(Packer):
     def _noted(self, tensor: Tensor, whole: Tensor, node: Any, kind: type) -> Source:
         """What is held, for recipes that start from it."""
         left = looks.get(kind, LOOKS)
-        if whole.output_nr or left <= 0 or is_opaque(whole) or is_opaque(tensor):
+        # what may move is one tensor of the step however often it is saved
+        if whole.output_nr or (left <= 0 and not self._moves) or is_opaque(whole) or is_opaque(tensor):
             return self._held(tensor, kind)
         if not issubclass(kind, BackwardCFunction):
             looks[kind] = left - 1

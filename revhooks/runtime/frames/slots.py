@@ -45,7 +45,7 @@ class Foreseen:
         looks: of each tensor, whether it lies in the frame's input; of a passed one its storage's key.
         alive: whether it is brought back by a replay.
         pick: takes what is brought back from a sequence of all.
-        seen: of these shapes, strides, and dtypes.
+        seen: of these shapes, strides, dtypes and devices.
         passed: places and looks of the others.
         inputs: which of those that are brought back lie in the frame's input.
         kinds: `kind_of` each.
@@ -81,7 +81,7 @@ class Foreseen:
         self.looks: list[_Expected] = []
         self.alive = bytearray()
         self.pick: Callable[[Sequence[Any]], Sequence[Any]] = _none
-        self.seen: tuple[list[torch.Size], list[tuple[int, ...]], list[torch.dtype]] = [], [], []
+        self.seen: tuple[list[Any], ...] = [], [], [], []
         self.passed: list[tuple[int, int]] = []
         self.inputs: list[int] = []
         self.kinds = bytearray()
@@ -98,16 +98,21 @@ class Foreseen:
         places = [place for place, alive in enumerate(self.alive) if alive]
         brought: list[Any] = [self.looks[place] for place in places]
         self.pick = itemgetter(*places) if len(places) > 1 else _none if not places else lambda all_: (all_[places[0]],)
-        self.seen = [looks[0] for looks, _ in brought], [looks[1] for looks, _ in brought], [looks[2] for looks, _ in brought]
+        self.seen = tuple([looks[part] for looks, _ in brought] for part in range(4))
         self.passed = [(place, looks) for place, looks in enumerate(self.looks) if isinstance(looks, int)]
         self.inputs = [place for place, (_, is_input) in zip(places, brought, strict=True) if is_input]
         return self
 
     def is_seen(self, picked: Sequence[Any]) -> bool:
-        """Whether what was picked has the shapes, strides and dtypes of these."""
-        shapes, strides, dtypes = self.seen
+        """Whether what was picked has the shapes, strides, dtypes and devices of these."""
+        shapes, strides, dtypes, devices = self.seen
         try:
-            return [*map(_shape, picked)] == shapes and [*map(_stride, picked)] == strides and [*map(_dtype, picked)] == dtypes
+            return (
+                [*map(_shape, picked)] == shapes
+                and [*map(_stride, picked)] == strides
+                and [*map(_dtype, picked)] == dtypes
+                and [*map(_device, picked)] == devices
+            )
         except (AttributeError, RuntimeError):  # one is not there, or of another kind
             return False
 
@@ -595,7 +600,8 @@ def looks_of(tensor: Tensor) -> _Looks:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-_shape, _dtype, _version, _stride = attrgetter("shape"), attrgetter("dtype"), attrgetter("_version"), torch.Tensor.stride
+_shape, _dtype, _device, _version = map(attrgetter, ("shape", "dtype", "device", "_version"))
+_stride = torch.Tensor.stride
 
 
 def _none(_: Sequence[Any]) -> Sequence[Any]:

@@ -9,78 +9,59 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from operator import attrgetter, is_
+from types import CellType, FunctionType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id as current_pass
+from torch.autograd import Variable
 
 from .errors import ReplayError, explain
 from .kinds import is_allocated, same_values
 from .names import Names, named_by, named_by_class
 from .owned import STANDARD, is_foreign, is_sharded, own_attributes
-from .reach import PLAIN, Aspect, aspects_of, is_library, is_same, put_own
+from .reach import CELL, MISSING, PLAIN, Aspect, aspects_of, is_library, is_same, put_own
 from .storage import is_opaque, version_of
 
 __all__ = ["Effects", "undone"]
 
 _MOST = 4000  # things that are looked at, for a call that is to cost microseconds
 _PARTS = 16 * _MOST  # that are looked at, plain numbers among them
+NO_PASS = -1
 _LARGE = 1 << 26  # bytes of a tensor that is copied before it is known whether calls write to it
 
 
-class Effects:
-    """What the objects that a call may reach hold before it.
+class _Reached:
+    """What some things lead to, and what all of it holds."""
 
-    Args:
-        modules: those that it calls.
-        others: functions and arguments.
-        largest: of tensors, which it may write to, those of so many bytes are copied; others are only watched.
+    __slots__ = ("_cells", "_contents", "_largest", "_names", "_noted", "_roots", "_spaces", "_tensors", "_things", "seen", "wrote")
 
-    Attributes:
-        wrote: after `undo`: whether it has written to a tensor.
-    """
-
-    __slots__ = ("_largest", "_modules", "_names", "_noted", "_seen", "_tensors", "_things", "wrote")
-
-    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any] = (), *, largest: float) -> None:
-        self._largest = largest
+    def __init__(self, things: list[Any], seen: set[int], largest: float) -> None:
+        self.seen = seen
         self.wrote = False
-        self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._largest = largest
         self._noted: list[tuple[Aspect, Any, list[Any]]] = []
+        self._cells: list[CellType] = []  # that are not empty: most of what code leads to
+        self._contents: list[Any] = []
         self._names: list[tuple[Names, list[Any]]] = []
+        self._spaces: list[tuple[Callable[..., Any], tuple[str, ...], list[Any]]] = []  # the same, to be looked at at once
         self._tensors: list[tuple[Tensor, int, Tensor | None]] = []
-        self._seen = set(map(id, modules))
-        self._things: list[Any] = list(others)
-        for kind in {type(module) for module in modules}:
-            self._note_class(kind)
-        for module in modules:
-            self._note_module(module)
-        self._walk()
+        self._things = things
+        self._roots = tuple(things)  # whose identities this is found by: they live as long
+        self._walk(len(seen) + _MOST)
         self._things = []
+        self._gather()
 
-    def _note_module(self, module: nn.Module) -> None:
-        if is_foreign(type(module)):
-            return
-        before = module.__dict__.copy()
-        self._modules.append((module, before))
-        if is_sharded(module):
-            self._things += own_attributes(module).values()
-        else:
-            self._things += [value for name in before.keys() - STANDARD if type(value := before[name]) not in PLAIN]
-        for hooks in (before.get("_forward_hooks"), before.get("_forward_pre_hooks")):
-            if hooks:
-                self._things += hooks.values()
-        if "forward" in before:
-            self._things.append(before["forward"])
-
-    def _walk(self) -> None:
-        things, seen = self._things, self._seen
+    def _walk(self, most: int) -> None:
+        things, seen = self._things, self.seen
         for thing in things:  # which grows
             kind = type(thing)
             if kind in PLAIN or id(thing) in seen:
                 continue
-            if len(seen) > _MOST:
+            if len(seen) > most:
                 return
             if isinstance(thing, type):
                 self._note_class(thing)
@@ -88,6 +69,8 @@ class Effects:
             seen.add(id(thing))
             if kind is tuple:
                 things += thing
+            elif kind is CellType:
+                self._note_cell(thing)
             elif kind is FunctionType:
                 self._note_function(thing)
             elif isinstance(thing, Tensor):
@@ -105,6 +88,16 @@ class Effects:
         if aspects and not is_library(kind.__module__):
             self._note_class(kind)
 
+    def _note_cell(self, cell: CellType) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # it is empty
+            self._note(cell, CellType)
+            return
+        self._cells.append(cell)
+        self._contents.append(content)
+        self._things.append(content)
+
     def _note_function(self, function: FunctionType) -> None:
         if is_library(function.__module__):
             return
@@ -118,9 +111,9 @@ class Effects:
             self._note_names(names)
 
     def _note_class(self, kind: type) -> None:
-        if id(kind) in self._seen or kind.__module__.startswith("torch.nn.modules."):
+        if id(kind) in self.seen or kind.__module__.startswith("torch.nn.modules."):
             return
-        self._seen.add(id(kind))
+        self.seen.add(id(kind))
         names, cells = named_by_class(kind)
         self._things += cells
         for one in names:
@@ -138,6 +131,153 @@ class Effects:
         copy = tensor.detach().clone() if copied and is_allocated(tensor) else None
         self._tensors.append((tensor, version_of(tensor), copy))
 
+    def _gather(self) -> None:
+        """Many functions use names of one file: they are looked at once."""
+        spaces: dict[int, tuple[Any, dict[str, Any]]] = {}
+        for names, before in self._names:
+            spaces.setdefault(id(names.space), (names.space, {}))[1].update(zip(names.names, before, strict=True))
+        for space, bound in spaces.values():
+            look = (vars(space) if isinstance(space, type) else space).get
+            self._spaces.append((look, tuple(bound), list(bound.values())))
+
+    @property
+    def may_be_shared(self) -> bool:
+        """Whether nothing large is kept alive if this is kept for a while."""
+        return not self._tensors
+
+    def is_as_it_was(self) -> bool:
+        """Whether all holds what it held; tensors aside."""
+        try:
+            if not all(map(is_, map(_content, self._cells), self._contents)):
+                return False
+        except ValueError:  # one is empty now
+            return False
+        for look, names, before in self._spaces:
+            if not all(map(is_, map(look, names, _NOTHING), before)):
+                return False
+        return all((aspect.same or is_same)(aspect.look(thing), before) for aspect, thing, before in self._noted)
+
+    def undo(self) -> str:
+        """Put all back.
+
+        Returns:
+            What could not be put back, or ``""``.
+        """
+        lost = "" if self.is_as_it_was() else self._put_back()
+        for tensor, copy in self._written():
+            self.wrote = True
+            if copy is not None:
+                tensor.data.copy_(copy)
+            else:
+                lost = f"a tensor of shape {tuple(tensor.shape)} that was written to twice"
+        return lost
+
+    def _put_back(self) -> str:
+        lost = ""
+        cells = [(CELL, cell, [content]) for cell, content in zip(self._cells, self._contents, strict=True)]
+        for aspect, thing, before in (*self._noted, *cells):
+            if not (aspect.same or is_same)(aspect.look(thing), before):
+                lost = aspect.put_back(thing, before) or lost
+        for names, before in self._names:
+            names.put_back(before)
+        return lost
+
+    def _written(self) -> list[tuple[Tensor, Tensor | None]]:
+        return [
+            (tensor, copy)
+            for tensor, version, copy in self._tensors
+            if version_of(tensor) != version or (copy is not None and not same_values(tensor, copy))  # past its counter
+        ]
+
+
+_content: Any = attrgetter("cell_contents")
+_NOTHING = repeat(MISSING)
+
+
+class _Shared:
+    """What classes and objects lead to that many blocks of a backward pass have in common; it is kept until the pass ends."""
+
+    def __init__(self) -> None:
+        self._task = NO_PASS
+        self._found: dict[Any, _Reached] = {}
+
+    def reached_from(self, things: Sequence[Any], key: Any, seen: set[int], largest: float) -> _Reached:
+        """What these lead to, as it is now, besides what was ``seen``."""
+        task = current_pass()
+        if task != self._task:
+            self._found = {}
+            self._task = task if self._until_its_end(task) else NO_PASS
+        known = self._found.get(key)
+        if known is not None and known.is_as_it_was():
+            return known
+        reached = _Reached([*things], {*seen}, largest)
+        if self._task != NO_PASS and reached.may_be_shared:
+            self._found[key] = reached
+        return reached
+
+    def _until_its_end(self, task: int) -> bool:
+        if task == NO_PASS:
+            return False
+        try:
+            Variable._execution_engine.queue_callback(self._forget)
+        except RuntimeError:  # a pass that only records itself runs to no end
+            return False
+        return True
+
+    def _forget(self) -> None:
+        self._task, self._found = NO_PASS, {}
+
+
+_shared = _Shared()
+
+
+class Effects:
+    """What the objects that a call may reach hold before it.
+
+    Args:
+        modules: those that it calls.
+        others: functions and arguments.
+        largest: of tensors, which it may write to, those of so many bytes are copied; others are only watched.
+
+    Attributes:
+        wrote: after `undo`: whether it has written to a tensor.
+    """
+
+    __slots__ = ("_modules", "_parts", "wrote")
+
+    def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any] = (), *, largest: float) -> None:
+        self.wrote = False
+        self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
+        things: list[Any] = [*others]
+        for module in modules:
+            things += self._note_module(module)
+        kinds = frozenset({type(module) for module in modules})
+        of_classes = _shared.reached_from([*kinds], kinds, set(), largest)
+        # one for each object of a class of the user's: a configuration is that of many blocks
+        objects = {id(thing): thing for thing in things if not is_library(type(thing).__module__)}
+        self._parts = [
+            of_classes,
+            *(_shared.reached_from([thing], (kinds, key), of_classes.seen, largest) for key, thing in objects.items()),
+        ]
+        seen = set().union(map(id, modules), *(part.seen for part in self._parts))
+        self._parts.append(_Reached([thing for thing in things if id(thing) not in objects], seen, largest))
+
+    def _note_module(self, module: nn.Module) -> Iterator[Any]:
+        """Note what it holds; returns where that leads."""
+        if is_foreign(type(module)):
+            return
+        before = module.__dict__.copy()
+        self._modules.append((module, before))
+        if is_sharded(module):
+            yield from own_attributes(module).values()
+        else:
+            yield from [value for name in before.keys() - STANDARD if type(value := before[name]) not in PLAIN]
+        for hooks in (before.get("_forward_hooks"), before.get("_forward_pre_hooks")):
+            if hooks:
+                yield from hooks.values()
+        if "forward" in before:
+            yield before["forward"]
+
     def undo(self) -> str:
         """Put all back.
 
@@ -147,26 +287,11 @@ class Effects:
         lost = ""
         for module, attributes in self._modules:
             put_own(module, attributes)
-        for aspect, thing, before in self._noted:
-            now = aspect.look(thing)
-            if not (aspect.same or is_same)(now, before):
-                lost = aspect.put_back(thing, before) or lost
-        for names, before in self._names:
-            names.put_back(before)
-        for tensor, copy in self._written():
-            self.wrote = True
-            if copy is not None:
-                tensor.data.copy_(copy)
-            else:
-                lost = f"a tensor of shape {tuple(tensor.shape)} that was written to twice"
+        for part in self._parts:
+            part.wrote = False
+            lost = part.undo() or lost
+            self.wrote |= part.wrote
         return lost
-
-    def _written(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [
-            (tensor, copy)
-            for tensor, version, copy in self._tensors
-            if version_of(tensor) != version or (copy is not None and not same_values(tensor, copy))  # past its counter
-        ]
 
 
 class Finding(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .owned import is_foreign, own_among, own_attributes
 
-__all__ = ["CONTAINERS", "MISSING", "PLAIN", "Aspect", "aspects_of", "is_library", "is_same", "is_same_name", "put_own"]
+__all__ = ["CELL", "CONTAINERS", "MISSING", "PLAIN", "Aspect", "aspects_of", "is_library", "is_same", "is_same_name", "put_own"]
 
 PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, slice, range})
 CONTAINERS = (list, tuple, dict, set, deque)
@@ -228,7 +228,7 @@ def _report_generator(generator: Any, _before: list[Any]) -> str:
 
 
 _GENERATOR = Aspect(_look_at_generator, _report_generator)
-_CELL = Aspect(_look_in_cell, _put_cell, None, is_same_name)
+CELL = Aspect(_look_in_cell, _put_cell, None, is_same_name)
 _METHOD = Aspect(_nothing, _leave, lambda method: (method.__self__, method.__func__))
 _BUILTIN = Aspect(_nothing, _leave, lambda method: [method.__self__])  # ``store.append``
 _PARTIAL = Aspect(_nothing, _leave, lambda partial: (partial.func, partial.args, partial.keywords, partial.__dict__))
@@ -245,7 +245,7 @@ _KINDS: list[tuple[type, Aspect]] = [
     (deque, _QUEUE),
     (bytearray, _BUFFER),
     (array, _BUFFER),
-    (CellType, _CELL),
+    (CellType, CELL),
     (MethodType, _METHOD),
     (BuiltinMethodType, _BUILTIN),
     (functools.partial, _PARTIAL),

@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import threading
+import weakref
 from array import array
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
@@ -811,3 +812,105 @@ def test_memory_that_is_not_there() -> None:
                     F.gelu(net(torch.ones(4, 8) * step)).square().mean().backward()
             grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True)), how
+
+
+# ------------------------------------------------------------------ what blocks of one pass have in common
+
+
+class Common:
+    """A configuration as models hand it to each of their layers: with state, and a class whose methods use names."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.nested = {"seen": [0]}
+
+    def note(self, value: float) -> None:
+        self.losses.append(value)
+        self.nested["seen"].append(1)
+        LOG.append(value)
+
+
+LOG: list[float] = []
+
+
+class Configured(nn.Module):
+    def __init__(self, config: Common) -> None:
+        super().__init__()
+        self.config, self.layer = config, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        self.config.note(float(y.detach().sum()))
+        return y.tanh()
+
+
+class Between(torch.autograd.Function):
+    """Does something in backward, between the replays of two blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.act()
+        return grad, None
+
+
+def test_what_blocks_have_in_common_is_walked_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Common()
+    model = nn.Sequential(*[Configured(config) for _ in range(8)])
+    met: list[Any] = []
+    note = effects._Reached._note
+    monkeypatch.setattr(effects._Reached, "_note", lambda self, thing, kind: met.append(thing) or note(self, thing, kind))
+    with revhooks.reversible(replay=Configured, ops=False) as run:
+        model(torch.randn(3, WIDTH)).sum().backward()
+    assert run.stats.replays > 4
+    assert sum(thing is config for thing in met) == 1
+    assert sum(thing is LOG for thing in met) == 1
+    assert len(config.losses) == 8
+    assert effects._shared._found == {}
+    reference = weakref.ref(config)
+    met.clear()
+    del config, model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("change", ["append", "another list", "another object", "a name", "a method", "nothing"])
+def test_what_changes_between_two_replays_stays(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward's own code may write to it as well: each replay is undone to what was there before it."""
+    config = Common()
+    blocks = [Configured(config) for _ in range(6)]
+    monkeypatch.setitem(globals(), "LOG", [])
+
+    def act() -> None:
+        if change == "append":
+            config.losses.append(-1.0)
+            config.nested["seen"].append(-1)
+            LOG.append(-1.0)
+        elif change == "another list":
+            config.losses, config.nested = [*config.losses, -1.0], {"seen": [-1]}
+        elif change == "another object":
+            blocks[1].config = Common()
+        elif change == "a name":
+            monkeypatch.setitem(globals(), "LOG", [*LOG, -1.0])
+        elif change == "a method":
+            monkeypatch.setattr(Common, "note", lambda self, value: self.losses.append(value), raising=True)
+
+    with revhooks.reversible(replay=Configured, ops=False):
+        h = torch.randn(3, WIDTH)
+        for place, block in enumerate(blocks):
+            h = block(h)
+            if place == 2:
+                h = Between.apply(h, act)  # type: ignore[no-untyped-call]
+        losses, seen, log = len(config.losses), len(config.nested["seen"]), len(LOG)
+        h.sum().backward()
+    more = int(change in ("append", "another list"))
+    assert len(config.losses) == losses + more
+    assert len(config.nested["seen"]) == (1 if change == "another list" else seen + int(change == "append"))
+    assert len(LOG) == log + int(change in ("append", "a name"))
+    if change == "another object":
+        assert blocks[1].config is not config
+        assert blocks[1].config.losses == []

@@ -37,7 +37,19 @@ _LARGE = 1 << 26  # bytes of a tensor that is copied before it is known whether 
 class _Reached:
     """What some things lead to, and what all of it holds."""
 
-    __slots__ = ("_cells", "_contents", "_largest", "_names", "_noted", "_roots", "_spaces", "_tensors", "_things", "seen", "wrote")
+    __slots__ = (
+        "_cells",
+        "_contents",
+        "_largest",
+        "_names",
+        "_noted",
+        "_roots",
+        "_spaces",
+        "_tensors",
+        "_things",
+        "seen",
+        "wrote",
+    )
 
     def __init__(self, things: list[Any], seen: set[int], largest: float) -> None:
         self.seen = seen

@@ -16,6 +16,7 @@ import revhooks
 from revhooks import nn as rnn
 from revhooks import storage
 from revhooks.errors import FallbackWarning, GridError, InversionError, ReplayError
+from revhooks.runtime.policy import guard
 
 WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
 
@@ -113,6 +114,28 @@ def test_small_streams_are_compared_as_they_were(far: None) -> None:
             found, stats = step(net, x)
             assert stats.worst_error < 1e-5
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def test_where_a_tensor_is_sampled_is_made_once(far: None) -> None:
+    """To bring it to a GPU in each context would be to wait in each step."""
+    made: list[str] = []
+
+    class Makes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.name() == "aten::frac_":
+                made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    make, options = NETS["sequential"]
+    net, x = make(), torch.randn(64, 32)
+    guard._places.cache_clear()
+    for number in range(8):
+        with Makes():
+            step(net, x, **options)
+        if not number:
+            assert made
+            made.clear()
+    assert not made
 
 
 @pytest.mark.parametrize("kind", NETS)

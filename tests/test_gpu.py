@@ -155,3 +155,36 @@ def test_blocks_on_a_stream_of_their_own(replay: bool) -> None:
         found.append([leaf.grad.clone(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
     for step in found[1:]:
         assert all(map(torch.equal, step, found[0]))
+
+
+STEADY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ordinary": (lambda: [nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 64), nn.ReLU()], {}),
+    "replayed": (lambda: [Attention(drop=0.1)], {"replay": Attention}),
+    "couplings": (lambda: [rnn.AdditiveCoupling(mlp(32), mlp(32), dim=-1)], {}),
+    "streams": (lambda: [rnn.ReversibleSequential(*[mlp(32) for _ in range(4)], dim=-1)], {}),
+    "offload": (lambda: [nn.Linear(64, 64), nn.GELU()], {"offload": True}),
+    "nothing": (lambda: [nn.Linear(64, 64), nn.GELU()], {"ops": False}),
+}
+
+
+@pytest.mark.parametrize("kind", STEADY)
+def test_a_steady_step_waits_for_nothing(kind: str) -> None:
+    """A context a step, as a training loop may have it: no value is read, and nothing is brought from the host."""
+    make, options = STEADY[kind]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[layer for _ in range(6) for layer in make()]).cuda(), torch.randn(64, 32, 64, device="cuda")
+
+    def step() -> None:
+        model.zero_grad()
+        with revhooks.reversible(**options):
+            model(x).square().mean().backward()
+
+    for _ in range(20):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -266,4 +266,7 @@ def test_on_a_device(budget: str | None) -> None:
         assert times[1] < 1.2 * times[0]  # of a shared device
         assert peaks[1] < peaks[0]
     else:
-        assert peaks[1] < 0.75 * peaks[0]
+        # what plain holds besides, what the budget allows, and a tensor on its way each way and one that is just used
+        besides = peaks[0] - 24 * x.nbytes
+        assert peaks[1] <= besides + (400 << 20) + 3 * x.nbytes
+        assert run.stats.peak_held_bytes <= 400 << 20

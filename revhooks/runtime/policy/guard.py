@@ -124,6 +124,14 @@ def _real(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
 
 
+@functools.lru_cache(maxsize=256)
+def _places(numel: int, device: torch.device) -> Tensor:
+    """Where a tensor of so many elements is sampled; made once, for to bring it to an accelerator is to wait for it."""
+    # multiples of the golden section: even, and in step with no row or column
+    places = torch.arange(SAMPLES, dtype=torch.float64, device="cpu").mul_(_GOLDEN).frac_().mul_(numel).long()
+    return places.sort().values.to(device)
+
+
 class Sample(NamedTuple):
     """A few hundred elements of a tensor, by logical index, and a projection of all of it where there is one."""
 
@@ -242,7 +250,6 @@ class Guard:
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.worst = WorstError()
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
         self._pending: list[_Pending] = []
         self._late: list[_Pending] = []
 
@@ -253,18 +260,10 @@ class Guard:
         tensor = tensor.detach()
         if tensor.numel() <= SAMPLES:
             return Sample(None, tensor.clone())
-        index = self._index(tensor.numel(), tensor.device)
+        index = _places(tensor.numel(), tensor.device)
         values = tensor.take(index)
         overall = projection(tensor, SAMPLES) if is_near(tensor.device) else values[:0]
         return Sample(index, torch.cat([values, overall]) if len(overall) else values)
-
-    def _index(self, numel: int, device: torch.device) -> Tensor:
-        key = (numel, device)
-        if key not in self._indices:
-            # multiples of the golden section: even, and in step with no row or column
-            places = torch.arange(SAMPLES, dtype=torch.float64, device="cpu").mul_(_GOLDEN).frac_().mul_(numel).long()
-            self._indices[key] = places.sort().values.to(device)
-        return self._indices[key]
 
     def matches(self, sample: Sample | None, tensor: Tensor, bounds: tuple[float, float]) -> bool:
         """Whether ``tensor`` is what was sampled, up to the mild bound."""

@@ -116,7 +116,7 @@ def measure(steps: dict[str, Step], *, device: str, rounds: int) -> list[dict[st
     plain = steps["plain"].gradients()
     rows = {}
     for title, step in steps.items():
-        for _ in range(5 if device == "cuda" else 24):  # first steps learn
+        for _ in range(8 if device == "cuda" else 24):  # first steps learn
             step()
         rows[title] = {"contender": title, "worst_gradient": worst(step.gradients(), plain)}
         rows[title] |= cuda_counts(step) if device == "cuda" else counts(step)
@@ -191,10 +191,10 @@ def main() -> None:
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         show(name, result[name], console)
-    if not arguments.quick and arguments.only is None:
-        path = RESULTS / ("host_cost.json" if arguments.device == "cpu" else "host_cost_cuda.json")
-        path.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"wrote {path}", file=sys.stderr)
+        if not arguments.quick and arguments.only is None:
+            path = RESULTS / ("host_cost.json" if arguments.device == "cpu" else "host_cost_cuda.json")
+            path.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"wrote {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

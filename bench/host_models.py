@@ -312,4 +312,12 @@ def revvit(device: str) -> dict[str, Step]:
 
 
 PROXIES = {"gpt": gpt, "revnet": revnet, "streams": streams}  # of a GPU's host, on a CPU
-WORKLOADS = {**PROXIES, "wide": wide, "llama": llama, "resnet50": resnet50, "revvit": revvit}
+WORKLOADS = {
+    "gpt": gpt,
+    "wide": wide,
+    "llama": llama,
+    "resnet50": resnet50,
+    "revvit": revvit,
+    "revnet": revnet,
+    "streams": streams,
+}

@@ -76,7 +76,8 @@ def test_a_fused_rms_norm_is_recomputed(dtype: torch.dtype) -> None:
     with revhooks.reversible() as run:
         loss = model(x.clone().requires_grad_()).square().mean()
         held, packed = run.stats.held_bytes, run.stats.packed_bytes
-        assert not [kept for kept in run.stats.kept if "Rms" in kept.op]
+        # its deviations, and nothing else
+        assert sum(kept.bytes for kept in run.stats.kept if "Rms" in kept.op) <= 6 * 256 * 4
         loss.backward()
     assert held < 0.7 * packed
     assert all(map(torch.equal, gradients(model, x, torch.float32), want))
@@ -167,6 +168,7 @@ STEADY: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("kind", STEADY)
 def test_a_steady_step_waits_for_nothing(kind: str) -> None:
     """A context a step, as a training loop may have it: no value is read, and nothing is brought from the host."""
@@ -182,8 +184,8 @@ def test_a_steady_step_waits_for_nothing(kind: str) -> None:
     for _ in range(20):
         step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(4):
             step()
     finally:

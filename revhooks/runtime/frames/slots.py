@@ -491,7 +491,7 @@ class Slots:
                 for place in [place for place, once in enumerate(foreseen.alive) if once and not alive[place]]:
                     saved[place] = None
             self.tensors = [*saved]
-            self.quick = self.stream is None and not self.transient
+            self.quick = not self.transient
         else:
             for index, tensor in enumerate(saved):
                 if tensor is not None and self._verify(index, tensor) and alive[index]:  # else it is of a tail, and passed

@@ -72,6 +72,7 @@ class Stretch(Protocol):
     versions: list[int]
     tensors: list[Any]
     statistics: Any
+    stream: Any
 
     @property
     def frame(self) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...saved import Leaf, Source
+from ...streams import follow
 
 if TYPE_CHECKING:
     from .protocols import Called, Stretch
@@ -41,6 +42,8 @@ class SlotHandle(tuple["Called", "Stretch", int], Source):
         frame, slots, index = self
         tensor: Tensor | None = slots.tensors[index]
         if slots.quick and tensor is not None and tensor._version == slots.versions[index] and not tensor.requires_grad:
+            if slots.stream is not None:
+                follow(tensor, slots.stream)
             return tensor
         if tensor is None:
             return frame.run.rebuild(frame, slots, index)

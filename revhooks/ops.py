@@ -255,11 +255,13 @@ def _eps_by(rows_of: _Rows, x: Tensor, shape: tuple[int, ...], rstd: Tensor) -> 
     def matches(eps: float, count: int = 32) -> bool:
         return _same_bits(rows_of(rows[:count], shape, eps)[1].reshape(-1), deviations[:count])
 
-    eps = next((eps for eps in _EPSILONS if matches(eps)), None)
-    if eps is None or not matches(1.01 * eps + 1e-30):
-        return eps
-    # rows of a large variance do not tell it from others: then it has to fit them all
-    return eps if rstd.dtype in (torch.float32, torch.float64) and matches(eps, len(rows)) else None
+    for eps in filter(matches, _EPSILONS):
+        if not matches(1.01 * eps + 1e-30):
+            return eps
+        # rows of a large variance do not tell it from others: then it has to fit them all
+        if rstd.dtype in (torch.float32, torch.float64) and matches(eps, len(rows)):
+            return eps
+    return None
 
 
 def _of_rows(rows_of: _Rows, saved_rstd: str, *affine: str) -> Callable[[Any], Operation | None]:
@@ -273,9 +275,9 @@ def _of_rows(rows_of: _Rows, saved_rstd: str, *affine: str) -> Callable[[Any], O
         parameters = [_given(getattr(node, name).data) for name in raw_affine]
         parameter = getattr(node.next_functions[1][0], "variable", None)
         known = _row_norms.get(id(parameter)) if parameter is not None else None
-        if known is None or known.weight() is not parameter or known.rows_of is not rows_of:
+        if known is None or known.weight() is not parameter or known.rows_of is not rows_of or known.may_be_told:
             known = _learn_rows(rows_of, node, source, parameter, raw_rstd)
-        if known is None:
+        if known is None or known.compute is None:
             return None
         if not known.near:
             return (known.compute, (source, *parameters), None, 1.0)
@@ -290,16 +292,19 @@ def _learn_rows(rows_of: _Rows, node: Any, source: Source, parameter: Tensor | N
     output, shape = node._input_metadata[0], tuple(node._saved_normalized_shape)
     near = is_near(output.device)
     key: Any = id(parameter) if parameter is not None else None if near else (rows_of, shape, output.dtype)
-    if parameter is None and key in _row_norms:
-        return _row_norms[key]
+    known = _row_norms.get(key)
+    if known is not None and ((known.weight is not None and known.weight() is not parameter) or known.rows_of is not rows_of):
+        known = None  # of a layer that is gone
+    if parameter is None and known is not None and not known.may_be_told:
+        return known
     rstd = _given(getattr(node, raw_rstd).data)
     if rstd is None or is_capturing(output.device):  # to find it out reads values
         return None
     eps = _eps_by(rows_of, _value_of(source), shape, _value_of(rstd))
-    if eps is None:
-        return None
-    reference = None if parameter is None else weakref.ref(parameter)
-    found = _RowNorm(reference, rows_of, functools.partial(_normalise_rows, rows_of, shape, eps), near)
+    compute = None if eps is None else functools.partial(_normalise_rows, rows_of, shape, eps)
+    found = _RowNorm(
+        None if parameter is None else weakref.ref(parameter), rows_of, compute, near, 1 if known is None else known.tries + 1
+    )
     if len(_row_norms) > _MANY * _MANY:
         _row_norms.clear()
     if key is not None:
@@ -308,14 +313,21 @@ def _learn_rows(rows_of: _Rows, node: Any, source: Source, parameter: Tensor | N
 
 
 class _RowNorm(NamedTuple):
-    """How a layer normalises, as its rows have shown."""
+    """How a layer normalises, as its rows have shown; ``compute`` is ``None`` if they have not."""
 
     weight: Any
     rows_of: _Rows
-    compute: Callable[..., Tensor]
+    compute: Callable[..., Tensor] | None
     near: bool
+    tries: int
+
+    @property
+    def may_be_told(self) -> bool:
+        """Whether it is not known, and was not looked for often enough."""
+        return self.compute is None and self.tries < _TRIES
 
 
+_TRIES = 4  # to look reads values, which makes the host wait
 _row_norms: dict[Any, _RowNorm] = {}
 
 

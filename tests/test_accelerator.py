@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revhooks
 from revhooks import nn as rnn
-from revhooks import storage
+from revhooks import ops, storage
 from revhooks.errors import FallbackWarning, GridError, InversionError, ReplayError
 from revhooks.runtime.policy import guard
 
@@ -163,6 +163,50 @@ def test_the_host_never_waits(kind: str, third: type, far: None) -> None:
     with revhooks.reversible(**options), Waits():
         net(x)
     assert not waited
+
+
+def _by_hand(weight: nn.Parameter) -> nn.Module:
+    """A scale by hand before any layer: what is saved first is no parameter."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))).sin()
+
+    return Scale()
+
+
+UNKNOWN: dict[str, Callable[[], nn.Module]] = {
+    "offload": lambda: nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 32), nn.GELU())]),
+    "before a parameter": lambda: nn.Sequential(_by_hand(nn.Parameter(torch.ones(32))), nn.Linear(32, 32)),
+    "an odd eps": lambda: nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 32), nn.LayerNorm(32, eps=3.3e-5))]),
+    "an odd eps, no weight": lambda: nn.Sequential(
+        *[m for _ in range(6) for m in (nn.Linear(32, 32), nn.LayerNorm(32, eps=3.3e-5, elementwise_affine=False))]
+    ),
+    "a fine eps": lambda: nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 32), nn.LayerNorm(32, eps=1e-8))]),
+}
+
+
+@pytest.mark.parametrize("kind", [*UNKNOWN, *NETS])
+def test_a_steady_step_reads_nothing_at_all(kind: str, third: type, far: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context a step: neither what can never be known nor what no place is known of makes each step wait."""
+    read: list[str] = []
+    results, same_bits = guard._results, ops._same_bits
+    monkeypatch.setattr(guard, "_results", lambda pairs: read.extend("compared" for _ in pairs) or results(pairs))
+    monkeypatch.setattr(ops, "_same_bits", lambda a, b: read.append("looked at rows") or same_bits(a, b))
+    make, options = (UNKNOWN[kind], {"offload": kind == "offload"}) if kind in UNKNOWN else NETS[kind]
+    net, x = make(), torch.randn(64, 32)
+    if kind == "on a grid":
+        x = revhooks.functional.round_to_grid(x, 16)
+    for _ in range(24):
+        step(net, x, **options)
+    read.clear()
+    for _ in range(24):
+        step(net, x, **options)
+    assert not read
 
 
 def test_a_failed_backward_hides_no_later_one(far: None) -> None:

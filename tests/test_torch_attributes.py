@@ -333,3 +333,15 @@ def test_a_fused_rms_norm(dtype: torch.dtype, weighted: bool, eps: float | None,
         assert found is not None
         compute, inputs, *_ = found
         assert torch.equal(compute(*[None if source is None else source.get() for source in inputs]), y)  # type: ignore[union-attr]
+
+
+def test_an_eps_that_the_first_rows_do_not_tell() -> None:
+    """Another one fits the first rows as well: the one that fits all is taken."""
+
+    def rows_of(x: Tensor, shape: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
+        fine = torch.where(x[:, 0] > 0, 1e-3 + eps, 1e-3)  # rows that tell, and rows that do not
+        return x, fine.double() if eps < 1e-6 else fine.double() + eps
+
+    x = torch.cat([-torch.ones(40, 4), torch.ones(8, 4)])
+    for eps in (1e-7, 1e-8):
+        assert ops._eps_by(rows_of, x, (4,), rows_of(x, (4,), eps)[1]) == eps

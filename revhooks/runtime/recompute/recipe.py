@@ -170,7 +170,15 @@ def recipe_of(shared: Shared, base: Tensor, what: str, spot: Any, places: Places
     looks.update(dict.fromkeys(found.used, sys.maxsize))
     if _is_trusted(site, step, base, found):
         places.learn(spot, Site(site, found.names))
-    return Recipe(shared, step, found, site, what, first=True)
+    return Recipe(shared, step, found, site, what, first=_is_new(site, spot))
+
+
+def _is_new(site: object, spot: object) -> bool:
+    """Whether a place is met for the first times; one that no model is known of yet is learned in no step."""
+    if len(_met) > 4096:
+        _met.clear()
+    met = _met[site, spot] = _met.get((site, spot), 0) + 1
+    return met <= FIRST
 
 
 class _Search:
@@ -288,6 +296,7 @@ LOOKS = 256
 looks: dict[type, int] = {}  # how often what nodes of a kind have made is still noted, in case that recipes start from it
 
 _trials: dict[object, int] = {}  # by site: how often the recipe computed what was there; -1: not always
+_met: dict[object, int] = {}  # by site and place: how often it was met where it is not learned
 TRUSTED = 16
 _OTHERS = ("the values that it had", "others")
 

@@ -18,7 +18,9 @@ from bench.ordinary_measure import Contender, accounted, peer
 from bench.ordinary_models import GPTBlock, gpt
 from revhooks import nn as rnn
 from revhooks.errors import ModifiedError, ReplayError
+from revhooks.profile.meters import AccountedMeter
 from revhooks.runtime import whole
+from revhooks.runtime.frames import newest
 from revhooks.runtime.frames.newest import SHARE
 from revhooks.runtime.handles import evidence
 from revhooks.runtime.recompute import recipe
@@ -369,6 +371,32 @@ def test_the_newest_block_stays_where_the_backward_of_a_block_makes_the_peak() -
         assert run.stats.replays == 2
         ours, theirs = accounted(replay)[1], accounted(peer(work, lambda model: model.blocks, "checkpoint"))[1]
         assert ours <= (0.97 if ops else 1 + 1 / SHARE) * theirs
+
+
+@pytest.mark.parametrize("guard", ["off", "fallback"])
+@pytest.mark.parametrize("kind", ["couplings", "streams"])
+def test_the_newest_coupling_goes_with_its_streams(kind: str, guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is let go of with it is what its branches saved and the streams that it gives back; learned once."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(newest, "LEAST", 1 << 12)
+    width, depth, x = 8, 10, torch.randn(8, 16, 12, 12)
+    fns = [nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(2 * depth)]
+    pairs = zip(fns[::2], fns[1::2], strict=True)
+    net = (
+        nn.Sequential(*[rnn.AdditiveCoupling(f, g) for f, g in pairs]) if kind == "couplings" else rnn.ReversibleSequential(*fns)
+    )
+    expected = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+    peaks = []
+    for _ in range(8):
+        net.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with AccountedMeter() as meter, revhooks.reversible(guard=guard):
+            net(leaf).square().mean().backward()
+        peaks.append(meter.peak / (x.nbytes // 2))  # in streams
+    assert peaks[0] > 12
+    assert max(peaks[2:]) < 11
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-5)  # type: ignore[arg-type]
 
 
 # -- checks by turns

@@ -827,10 +827,10 @@ class Common:
     def note(self, value: float) -> None:
         self.losses.append(value)
         self.nested["seen"].append(1)
-        LOG.append(value)
+        NOTED_BY_ALL.append(value)
 
 
-LOG: list[float] = []
+NOTED_BY_ALL: list[float] = []
 
 
 class Configured(nn.Module):
@@ -868,7 +868,7 @@ def test_what_blocks_have_in_common_is_walked_once_a_pass(monkeypatch: pytest.Mo
         model(torch.randn(3, WIDTH)).sum().backward()
     assert run.stats.replays > 4
     assert sum(thing is config for thing in met) == 1
-    assert sum(thing is LOG for thing in met) == 1
+    assert sum(thing is NOTED_BY_ALL for thing in met) == 1
     assert len(config.losses) == 8
     assert effects._shared._found == {}
     reference = weakref.ref(config)
@@ -883,19 +883,19 @@ def test_what_changes_between_two_replays_stays(change: str, monkeypatch: pytest
     """Backward's own code may write to it as well: each replay is undone to what was there before it."""
     config = Common()
     blocks = [Configured(config) for _ in range(6)]
-    monkeypatch.setitem(globals(), "LOG", [])
+    monkeypatch.setitem(globals(), "NOTED_BY_ALL", [])
 
     def act() -> None:
         if change == "append":
             config.losses.append(-1.0)
             config.nested["seen"].append(-1)
-            LOG.append(-1.0)
+            NOTED_BY_ALL.append(-1.0)
         elif change == "another list":
             config.losses, config.nested = [*config.losses, -1.0], {"seen": [-1]}
         elif change == "another object":
             blocks[1].config = Common()
         elif change == "a name":
-            monkeypatch.setitem(globals(), "LOG", [*LOG, -1.0])
+            monkeypatch.setitem(globals(), "NOTED_BY_ALL", [*NOTED_BY_ALL, -1.0])
         elif change == "a method":
             monkeypatch.setattr(Common, "note", lambda self, value: self.losses.append(value), raising=True)
 
@@ -905,12 +905,12 @@ def test_what_changes_between_two_replays_stays(change: str, monkeypatch: pytest
             h = block(h)
             if place == 2:
                 h = Between.apply(h, act)  # type: ignore[no-untyped-call]
-        losses, seen, log = len(config.losses), len(config.nested["seen"]), len(LOG)
+        losses, seen, log = len(config.losses), len(config.nested["seen"]), len(NOTED_BY_ALL)
         h.sum().backward()
     more = int(change in ("append", "another list"))
     assert len(config.losses) == losses + more
     assert len(config.nested["seen"]) == (1 if change == "another list" else seen + int(change == "append"))
-    assert len(LOG) == log + int(change in ("append", "a name"))
+    assert len(NOTED_BY_ALL) == log + int(change in ("append", "a name"))
     if change == "another object":
         assert blocks[1].config is not config
         assert blocks[1].config.losses == []

@@ -159,7 +159,6 @@ class CouplingFrame(ModuleFrame):
         self.output: Value | None = None
         self.sizes: list[int] = []
         self.changed: set[int] = set()  # streams that are not what they were when the call began
-        self.is_chain = False
         self._originals: dict[int, Held] = {}  # inputs that a branch changed in place, as they were
         self._head: Head | None = None
         self._input_probe: Tensor | None = None  # where the streams share the input's memory
@@ -326,6 +325,13 @@ class CouplingFrame(ModuleFrame):
     def all_slots(self) -> list[Slots]:
         """Of the branches, and of the law."""
         return [slots for branch in self.branches for slots in branch.all_slots()]
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """What its branches saved, and the streams from which earlier steps are rebuilt."""
+        yield from super().kept_tensors()
+        for cursor in (self._anchor, *(state.cursor for state in self._states)):
+            for stream in cursor.streams if cursor is not None else ():
+                yield stream.tensor
 
     def sources(self) -> list[Value]:
         """The output, unless the streams are at hand already."""

@@ -99,6 +99,7 @@ class Frame(abc.ABC):
         self.checked = True  # what a rebuild gives is compared with what was there
         self.why_kept = ""
         self.released = False
+        self.is_chain = False  # of steps that are let go of one by one
         self.inputs: list[weakref.ref[Value]] = []
 
     @property
@@ -291,6 +292,20 @@ class Frame(abc.ABC):
             value = reference()
             if value is not None:
                 value.release()
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """What it holds while it is not let go of, besides inputs."""
+        for slots in self.all_slots():
+            yield from slots.held()
+
+    def kept_bytes(self) -> int:
+        """What it would let go of: what it saved, besides outputs, and the inputs that it gives back."""
+        given = [value for reference in self.inputs if (value := reference()) is not None]
+        inputs = [tensor.untyped_storage() for value in given for _, _, tensor in value.report()]
+        saved = [tensor.untyped_storage() for tensor in self.kept_tensors()]
+        sizes = {storage._cdata: storage.nbytes() for storage in saved if storage._cdata not in self.run.values}
+        sizes.update({storage._cdata: storage.nbytes() for storage in inputs})
+        return sum(sizes.values())
 
     def verify_replay(self, sample: Sample | None, output: Tensor, label: Callable[[], str]) -> None:
         """Where a replay starts from what was kept, nothing else shows that it repeats the call (Rule 9)."""

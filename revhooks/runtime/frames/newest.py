@@ -26,7 +26,19 @@ class Newest:
         ledger: of its run, at the beginning of backward.
     """
 
-    __slots__ = ("_begin", "_facts", "_largest", "_ledger", "_limit", "_ordinal", "_saved", "_spared", "_stayed")
+    __slots__ = (
+        "_begin",
+        "_facts",
+        "_is_chain",
+        "_largest",
+        "_ledger",
+        "_limit",
+        "_ordinal",
+        "_rebuilt",
+        "_saved",
+        "_spared",
+        "_stayed",
+    )
 
     def __init__(self, frame: Frame, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -34,14 +46,24 @@ class Newest:
         self._facts = frame.facts
         self._limit = frame.run.budget.limit
         self._ordinal = frame.ordinal
+        self._is_chain = frame.is_chain
+        self._rebuilt = False
         self._stayed = not frame.released
-        self._saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
+        saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
+        if self._stayed and frame.inputs:
+            self._facts.kept_bytes = frame.kept_bytes()
+        self._saved = max(saved, self._facts.kept_bytes if frame.inputs else 0)
         self._largest = max((slots.largest for slots in frame.all_slots()), default=0)
         self._spared = sum(slots.spared_bytes for slots in frame.all_slots()) if self._stayed and frame.run.shared.ops else -1
 
+    def _is_next_step(self, ordinal: int) -> bool:
+        """Whether it is of the newest block, a chain, whose newest step is there or was rebuilt before."""
+        was, self._rebuilt = self._rebuilt, True
+        return self._is_chain and ordinal == self._ordinal and (self._stayed or was)
+
     def compare(self, ordinal: int, *, plain: bool) -> bool:
         """A block was rebuilt, with tensors as they are if ``plain``: whether that was another one, so that it is known now."""
-        if ordinal >= self._ordinal:
+        if ordinal >= self._ordinal and not self._is_next_step(ordinal):
             return False
         peak = self._ledger.all_held + self._largest
         kept = self._begin if self._stayed else self._begin + self._saved

@@ -125,6 +125,7 @@ class Facts:
         "calls",
         "foreseen",
         "kept",
+        "kept_bytes",
         "lean",
         "leaves",
         "owns_input",
@@ -144,6 +145,7 @@ class Facts:
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self._branches: dict[str, list[weakref.ref[nn.Module]]] = {}
         self.kept: set[object] = set()  # steps, or shapes, that do not invert
+        self.kept_bytes = 0  # that the newest block held when it was kept last
         self.lean = True  # of the newest block what recipes start from is kept only, which the peak needs
         self.leaves = Finding()  # whether what is run again writes to tensors of the user's
         self.calls = 0  # that were noted

@@ -30,6 +30,7 @@ __all__ = ["Effects", "undone"]
 
 _MOST = 4000  # things that are looked at, for a call that is to cost microseconds
 _PARTS = 16 * _MOST  # that are looked at, plain numbers among them
+_COMMON = 8  # objects of a block that are walked one by one, for others may have them too
 NO_PASS = -1
 _LARGE = 1 << 26  # bytes of a tensor that is copied before it is known whether calls write to it
 
@@ -213,6 +214,10 @@ class _Shared:
         self._task = NO_PASS
         self._found: dict[Any, _Reached] = {}
 
+    def has(self, key: Any) -> bool:
+        """Whether something was found in this pass."""
+        return self._task == current_pass() and key in self._found
+
     def reached_from(self, things: Sequence[Any], key: Any, seen: set[int], largest: float) -> _Reached:
         """What these lead to, as it is now, besides what was ``seen``."""
         task = current_pass()
@@ -264,15 +269,17 @@ class Effects:
         for module in modules:
             things += self._note_module(module)
         kinds = frozenset({type(module) for module in modules})
+        first = not _shared.has(kinds)
         of_classes = _shared.reached_from([*kinds], kinds, set(), largest)
-        # one for each object of a class of the user's: a configuration is that of many blocks
+        # an object of a class of the user's, a configuration, may be that of many blocks: what the first has the others may
         objects = {id(thing): thing for thing in things if not is_library(type(thing).__module__)}
+        common = dict([*objects.items()][:_COMMON]) if first else {k: v for k, v in objects.items() if _shared.has((kinds, k))}
         self._parts = [
             of_classes,
-            *(_shared.reached_from([thing], (kinds, key), of_classes.seen, largest) for key, thing in objects.items()),
+            *(_shared.reached_from([thing], (kinds, key), of_classes.seen, largest) for key, thing in common.items()),
         ]
         seen = set().union(map(id, modules), *(part.seen for part in self._parts))
-        self._parts.append(_Reached([thing for thing in things if id(thing) not in objects], seen, largest))
+        self._parts.append(_Reached([thing for thing in things if id(thing) not in common], seen, largest))
 
     def _note_module(self, module: nn.Module) -> Iterator[Any]:
         """Note what it holds; returns where that leads."""
@@ -283,7 +290,7 @@ class Effects:
         if is_sharded(module):
             yield from own_attributes(module).values()
         else:
-            yield from [value for name in before.keys() - STANDARD if type(value := before[name]) not in PLAIN]
+            yield from [value for name, value in before.items() if type(value) not in PLAIN and name not in STANDARD]
         for hooks in (before.get("_forward_hooks"), before.get("_forward_pre_hooks")):
             if hooks:
                 yield from hooks.values()

@@ -914,3 +914,34 @@ def test_what_changes_between_two_replays_stays(change: str, monkeypatch: pytest
     if change == "another object":
         assert blocks[1].config is not config
         assert blocks[1].config.losses == []
+
+
+def test_many_objects_of_a_block_are_not_walked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leads to the same registry: it is met a few times in the first replay, and once in each other."""
+
+    class State:
+        def __init__(self, config: Common) -> None:
+            self.config, self.count = config, [0]
+
+    class Many(Configured):
+        def __init__(self, config: Common) -> None:
+            super().__init__(config)
+            for place in range(20):
+                setattr(self, f"state{place}", State(config))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state3.count.append(1)
+            return super().forward(x)
+
+    config = Common()
+    del config.nested["seen"][:]
+    model = nn.Sequential(*[Many(config) for _ in range(8)])
+    met: list[Any] = []
+    note = effects._Reached._note
+    monkeypatch.setattr(effects._Reached, "_note", lambda self, thing, kind: met.append(thing) or note(self, thing, kind))
+    with revhooks.reversible(replay=Many, ops=False) as run:
+        model(torch.randn(3, WIDTH)).sum().backward()
+    assert run.stats.replays == 7
+    assert sum(thing is config for thing in met) <= 8  # of the first; the others have it from there
+    assert len(config.losses) == 8
+    assert [len(block.state3.count) for block in model] == [2] * 8

@@ -50,9 +50,10 @@ class Newest:
         self._rebuilt = False
         self._stayed = not frame.released
         saved = sum(slots.rebuilt_bytes for slots in frame.all_slots())
-        if self._stayed and frame.inputs:
+        gives_back = bool(frame.inputs) or frame.is_chain  # streams, besides what it saved
+        if self._stayed and gives_back:
             self._facts.kept_bytes = frame.kept_bytes()
-        self._saved = max(saved, self._facts.kept_bytes if frame.inputs else 0)
+        self._saved = max(saved, self._facts.kept_bytes if gives_back else 0)
         self._largest = max((slots.largest for slots in frame.all_slots()), default=0)
         self._spared = sum(slots.spared_bytes for slots in frame.all_slots()) if self._stayed and frame.run.shared.ops else -1
 

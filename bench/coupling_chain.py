@@ -24,6 +24,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from peers import PEERS, pairs  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -49,10 +50,6 @@ def branch() -> nn.Module:
 def branches(depth: int) -> list[nn.Module]:
     torch.manual_seed(0)
     return [branch() for _ in range(2 * depth)]
-
-
-def pairs(fns: list[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
-    return list(zip(fns[::2], fns[1::2], strict=True))
 
 
 class Body(nn.Module):
@@ -83,34 +80,12 @@ def couplings(depth: int) -> list[nn.Module]:
     return [AdditiveCoupling(f, g) for f, g in pairs(branches(depth))]
 
 
-def memcnn_chain(depth: int) -> nn.Module:
-    import memcnn
-
-    blocks = [memcnn.AdditiveCoupling(f, g) for f, g in pairs(branches(depth))]
-    return nn.Sequential(*[memcnn.InvertibleModuleWrapper(block, keep_input=False) for block in blocks])
-
-
-def revtorch_chain(depth: int) -> nn.Module:
-    from revtorch import ReversibleBlock, ReversibleSequence
-
-    blocks = [ReversibleBlock(f, g, split_along_dim=1) for f, g in pairs(branches(depth))]
-    return ReversibleSequence(nn.ModuleList(blocks))
-
-
-def revlib_chain(depth: int) -> nn.Module:
-    import revlib
-
-    return revlib.ReversibleSequential(*branches(depth), split_dim=1, memory_mode=revlib.MemoryModes.autograd_function)
-
-
 CONTENDERS: dict[str, Callable[[int], nn.Module]] = {
     "plain": lambda depth: nn.Sequential(*couplings(depth)),
     "revhooks": lambda depth: nn.Sequential(*couplings(depth)),
     "revhooks sequential": lambda depth: ReversibleSequential(*branches(depth)),
     "checkpoint": lambda depth: Checkpointed(couplings(depth)),
-    "memcnn": memcnn_chain,
-    "RevTorch": revtorch_chain,
-    "revlib": revlib_chain,
+    **{name: lambda depth, make=make: make(branches(depth)) for name, make in PEERS.items()},  # type: ignore[misc]
 }
 
 
@@ -123,20 +98,18 @@ def data(device: str = "cpu", batch: int = 32) -> tuple[Tensor, Tensor]:
 def step_of(name: str, depth: int, device: str = "cpu") -> Callable[[], None]:
     model = Body(CONTENDERS[name](depth)).to(device)
     x, y = data(device)
-    if name in ("memcnn", "RevTorch", "revlib"):  # these rebuild through inputs that require grad
+    if name in PEERS:  # these rebuild through inputs that require grad
         x.requires_grad_()
     loss = nn.CrossEntropyLoss()
 
     def step() -> None:
         model.zero_grad(set_to_none=False)
         x.grad = None
-        # memcnn frees the storage of what it is given
-        given = x.clone() if name == "memcnn" else x
         if name.startswith("revhooks"):
             with revhooks.reversible():
-                loss(model(given), y).backward()
+                loss(model(x), y).backward()
         else:
-            loss(model(given), y).backward()
+            loss(model(x), y).backward()
 
     return step
 

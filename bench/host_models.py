@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ordinary_models import GPT, ResNet50
+from peers import PEERS, pairs
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -187,7 +188,7 @@ def reversible_models(
         parameters: those besides the branches'.
         peers: memcnn, RevTorch and revlib too, as far as they can be imported.
     """
-    couplings = [AdditiveCoupling(f, g, dim=dim) for f, g in zip(fns[::2], fns[1::2], strict=True)]
+    couplings = [AdditiveCoupling(f, g, dim=dim) for f, g in pairs(fns)]
     body = nn.Sequential(*couplings)
     every = [*body.parameters(), *parameters]
     chain, streams = (Work(partial(run, one), every, around) for one in (body, ReversibleSequential(*fns, dim=dim)))
@@ -207,36 +208,6 @@ def reversible_models(
         except ImportError as error:
             print(f"{name} is left out: {error}")
     return steps
-
-
-def _memcnn(fns: list[nn.Module]) -> nn.Module:
-    import memcnn
-
-    class Given(nn.Sequential):
-        """Copies what it is given, whose storage memcnn frees."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = super().forward(x.clone())
-            return found
-
-    blocks = [memcnn.AdditiveCoupling(f, g) for f, g in zip(fns[::2], fns[1::2], strict=True)]
-    return Given(*[memcnn.InvertibleModuleWrapper(block, keep_input=False) for block in blocks])
-
-
-def _revtorch(fns: list[nn.Module]) -> nn.Module:
-    from revtorch import ReversibleBlock, ReversibleSequence
-
-    pairs = zip(fns[::2], fns[1::2], strict=True)
-    return ReversibleSequence(nn.ModuleList([ReversibleBlock(f, g, split_along_dim=1) for f, g in pairs]))
-
-
-def _revlib(fns: list[nn.Module]) -> nn.Module:
-    import revlib
-
-    return revlib.ReversibleSequential(*fns, split_dim=1, memory_mode=revlib.MemoryModes.autograd_function)
-
-
-PEERS = {"memcnn": _memcnn, "RevTorch": _revtorch, "revlib": _revlib}
 
 
 class _Conv(nn.Sequential):

@@ -16,9 +16,8 @@ from types import CellType, FunctionType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id as current_pass
-from torch.autograd import Variable
 
+from .backward import NO_PASS, call_at_end, current_pass
 from .errors import ReplayError, explain
 from .kinds import is_allocated, same_values
 from .names import Names, named_by, named_by_class
@@ -31,7 +30,6 @@ __all__ = ["Effects", "undone"]
 _MOST = 4000  # things that are looked at, for a call that is to cost microseconds
 _PARTS = 16 * _MOST  # that are looked at, plain numbers among them
 _COMMON = 8  # objects of a block that are walked one by one, for others may have them too
-NO_PASS = -1
 _LARGE = 1 << 26  # bytes of a tensor that is copied before it is known whether calls write to it
 
 
@@ -49,12 +47,10 @@ class _Reached:
         "_tensors",
         "_things",
         "seen",
-        "wrote",
     )
 
     def __init__(self, things: list[Any], seen: set[int], largest: float) -> None:
         self.seen = seen
-        self.wrote = False
         self._largest = largest
         self._noted: list[tuple[Aspect, Any, list[Any]]] = []
         self._cells: list[CellType] = []  # that are not empty: most of what code leads to
@@ -102,14 +98,13 @@ class _Reached:
             self._note_class(kind)
 
     def _note_cell(self, cell: CellType) -> None:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # it is empty
-            self._note(cell, CellType)
+        content = CELL.look(cell)
+        if not content:
+            self._noted.append((CELL, cell, content))
             return
         self._cells.append(cell)
-        self._contents.append(content)
-        self._things.append(content)
+        self._contents += content
+        self._things += content
 
     def _note_function(self, function: FunctionType) -> None:
         if is_library(function.__module__):
@@ -170,20 +165,19 @@ class _Reached:
                 return False
         return all((aspect.same or is_same)(aspect.look(thing), before) for aspect, thing, before in self._noted)
 
-    def undo(self) -> str:
+    def undo(self) -> tuple[str, bool]:
         """Put all back.
 
         Returns:
-            What could not be put back, or ``""``.
+            What could not be put back, or ``""``, and whether a tensor was written to.
         """
-        lost = "" if self.is_as_it_was() else self._put_back()
-        for tensor, copy in self._written():
-            self.wrote = True
+        lost, written = "" if self.is_as_it_was() else self._put_back(), self._written()
+        for tensor, copy in written:
             if copy is not None:
                 tensor.data.copy_(copy)
             else:
                 lost = f"a tensor of shape {tuple(tensor.shape)} that was written to twice"
-        return lost
+        return lost, bool(written)
 
     def _put_back(self) -> str:
         lost = ""
@@ -223,7 +217,7 @@ class _Shared:
         task = current_pass()
         if task != self._task:
             self._found = {}
-            self._task = task if self._until_its_end(task) else NO_PASS
+            self._task = task if call_at_end(self._forget) else NO_PASS
         known = self._found.get(key)
         if known is not None and known.is_as_it_was():
             return known
@@ -231,15 +225,6 @@ class _Shared:
         if self._task != NO_PASS and reached.may_be_shared:
             self._found[key] = reached
         return reached
-
-    def _until_its_end(self, task: int) -> bool:
-        if task == NO_PASS:
-            return False
-        try:
-            Variable._execution_engine.queue_callback(self._forget)
-        except RuntimeError:  # a pass that only records itself runs to no end
-            return False
-        return True
 
     def _forget(self) -> None:
         self._task, self._found = NO_PASS, {}
@@ -307,9 +292,8 @@ class Effects:
         for module, attributes in self._modules:
             put_own(module, attributes)
         for part in self._parts:
-            part.wrote = False
-            lost = part.undo() or lost
-            self.wrote |= part.wrote
+            left, wrote = part.undo()
+            lost, self.wrote = left or lost, self.wrote or wrote
         return lost
 
 

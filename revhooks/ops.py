@@ -274,10 +274,22 @@ def _of_rows(rows_of: _Rows, saved_rstd: str, *affine: str) -> Callable[[Any], O
             return None
         parameters = [_given(getattr(node, name).data) for name in raw_affine]
         parameter = getattr(node.next_functions[1][0], "variable", None)
-        known = _row_norms.get(id(parameter)) if parameter is not None else None
-        if known is None or known.weight() is not parameter or known.rows_of is not rows_of or known.may_be_told:
-            known = _learn_rows(rows_of, node, source, parameter, raw_rstd)
-        if known is None or known.compute is None:
+        key = id(parameter) if parameter is not None else _key_without_weight(rows_of, node)
+        known = _row_norms.get(key)
+        if known is not None and not known.is_of(rows_of, parameter):
+            known = None
+        if known is None or known.may_be_told:
+            rstd = _given(getattr(node, raw_rstd).data)
+            if rstd is None or is_capturing(node._input_metadata[0].device):  # to find it out reads values
+                return None
+            known = _learn_rows(
+                rows_of, node, _value_of(source), _value_of(rstd), parameter, 1 if known is None else known.tries + 1
+            )
+            if len(_row_norms) > _MANY * _MANY:
+                _row_norms.clear()
+            if key is not None:
+                _row_norms[key] = known
+        if known.compute is None:
             return None
         if not known.near:
             return (known.compute, (source, *parameters), None, 1.0)
@@ -287,29 +299,19 @@ def _of_rows(rows_of: _Rows, saved_rstd: str, *affine: str) -> Callable[[Any], O
     return recipe
 
 
-def _learn_rows(rows_of: _Rows, node: Any, source: Source, parameter: Tensor | None, raw_rstd: str) -> _RowNorm | None:
-    """How a layer normalises, as its rows show; without a weight, on an accelerator, as those of another like it have shown."""
-    output, shape = node._input_metadata[0], tuple(node._saved_normalized_shape)
-    near = is_near(output.device)
-    key: Any = id(parameter) if parameter is not None else None if near else (rows_of, shape, output.dtype)
-    known = _row_norms.get(key)
-    if known is not None and ((known.weight is not None and known.weight() is not parameter) or known.rows_of is not rows_of):
-        known = None  # of a layer that is gone
-    if parameter is None and known is not None and not known.may_be_told:
-        return known
-    rstd = _given(getattr(node, raw_rstd).data)
-    if rstd is None or is_capturing(output.device):  # to find it out reads values
-        return None
-    eps = _eps_by(rows_of, _value_of(source), shape, _value_of(rstd))
+def _key_without_weight(rows_of: _Rows, node: Any) -> object:
+    """On an accelerator what others like it have shown counts; where values are near it is found out each time."""
+    output = node._input_metadata[0]
+    return None if is_near(output.device) else (rows_of, tuple(node._saved_normalized_shape), output.dtype)
+
+
+def _learn_rows(rows_of: _Rows, node: Any, x: Tensor, rstd: Tensor, parameter: Tensor | None, tries: int) -> _RowNorm:
+    """How a layer normalises, as its rows show."""
+    shape = tuple(node._saved_normalized_shape)
+    eps = _eps_by(rows_of, x, shape, rstd)
     compute = None if eps is None else functools.partial(_normalise_rows, rows_of, shape, eps)
-    found = _RowNorm(
-        None if parameter is None else weakref.ref(parameter), rows_of, compute, near, 1 if known is None else known.tries + 1
-    )
-    if len(_row_norms) > _MANY * _MANY:
-        _row_norms.clear()
-    if key is not None:
-        _row_norms[key] = found
-    return found
+    weight = None if parameter is None else weakref.ref(parameter)
+    return _RowNorm(weight, rows_of, compute, is_near(node._input_metadata[0].device), tries)
 
 
 class _RowNorm(NamedTuple):
@@ -320,6 +322,10 @@ class _RowNorm(NamedTuple):
     compute: Callable[..., Tensor] | None
     near: bool
     tries: int
+
+    def is_of(self, rows_of: _Rows, parameter: Tensor | None) -> bool:
+        """Whether it is of this layer; not of one that is gone."""
+        return self.rows_of is rows_of and (self.weight is None or self.weight() is parameter)
 
     @property
     def may_be_told(self) -> bool:

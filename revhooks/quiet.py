@@ -23,9 +23,9 @@ from typing import Any, Generic, Protocol
 from weakref import WeakValueDictionary, ref
 
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id as current_pass
 from torch.nn.modules import module as torch_module
 
+from .backward import NO_PASS, current_pass
 from .names import read, unbracketed
 from .owned import STANDARD
 from .reach import MISSING, PLAIN, is_library
@@ -69,7 +69,6 @@ _UNCALLED = {
 _OVERRIDES = frozenset(name for name, value in vars(nn.Module).items() if callable(value)) - _UNCALLED
 _SET_UP = _UNCALLED | {"extra_repr", "reset_parameters", "reset_running_stats"}  # of layers: what their calls do not call
 _run_by: Any = attrgetter("__call__", "_call_impl", "__getattr__", "forward")  # of a class of torch's: what a call runs
-_NO_PASS = -1
 _MOST = 32  # proofs for one block: its modules or its functions keep changing
 _FAR = 200  # functions that are followed, and arguments that are looked at
 _LEAVES = PLAIN | {*PLAIN_TYPES}
@@ -102,7 +101,7 @@ class Proof:
 
     def __init__(self, kinds: Sequence[type], functions: Sequence[FunctionType], count: int) -> None:
         self.count = count
-        self._held_in = _NO_PASS  # the latest backward pass in which it was found to hold
+        self._held_in = NO_PASS  # the latest backward pass in which it was found to hold
         self._kinds, self._functions = [*map(ref, kinds)], [*map(ref, functions)]
         self.names = {"forward", "_call_impl", "_slow_forward"}
         self._inherited = set(STANDARD)  # names that code of torch's layers uses, and that a class may define anew
@@ -137,10 +136,10 @@ class Proof:
     def holds(self) -> bool:
         """Whether names are still bound to what they were."""
         task = current_pass()
-        if task != _NO_PASS and task == self._held_in:
+        if task != NO_PASS and task == self._held_in:
             return True
         found = self._still_holds()
-        self._held_in = task if found else _NO_PASS
+        self._held_in = task if found else NO_PASS
         return found
 
     def _still_holds(self) -> bool:

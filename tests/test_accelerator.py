@@ -116,21 +116,27 @@ def test_small_streams_are_compared_as_they_were(far: None) -> None:
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
+class Notes(TorchDispatchMode):
+    """Notes operations of these names."""
+
+    def __init__(self, names: tuple[str, ...], noted: list[str]) -> None:
+        super().__init__()
+        self._names, self._noted = names, noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in self._names:
+            self._noted.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 def test_where_a_tensor_is_sampled_is_made_once(far: None) -> None:
     """To bring it to a GPU in each context would be to wait in each step."""
     made: list[str] = []
-
-    class Makes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.name() == "aten::frac_":
-                made.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     make, options = NETS["sequential"]
     net, x = make(), torch.randn(64, 32)
     guard._places.cache_clear()
     for number in range(8):
-        with Makes():
+        with Notes(("aten::frac_",), made):
             step(net, x, **options)
         if not number:
             assert made
@@ -141,13 +147,6 @@ def test_where_a_tensor_is_sampled_is_made_once(far: None) -> None:
 @pytest.mark.parametrize("kind", NETS)
 def test_the_host_never_waits(kind: str, third: type, far: None) -> None:
     """Once everything is known, no value is read from the device before the end of backward."""
-
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.name() in WAITS:
-                waited.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     make, options = NETS[kind]
     net, x = make(), torch.randn(64, 32)
     if kind == "on a grid":
@@ -157,10 +156,10 @@ def test_the_host_never_waits(kind: str, third: type, far: None) -> None:
     waited: list[str] = []
     with revhooks.reversible(**options):
         loss = net(x).square().sum()
-        with Waits():
+        with Notes(WAITS, waited):
             loss.backward()
     assert not waited
-    with revhooks.reversible(**options), Waits():
+    with revhooks.reversible(**options), Notes(WAITS, waited):
         net(x)
     assert not waited
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cpu(reason="what is imported")
 
 PACKAGE = Path(__file__).parent.parent / "revhooks"
 FLOORS = {
-    "capture": 0, "errors": 0, "record": 0, "tracing": 0,
+    "backward": 0, "capture": 0, "errors": 0, "record": 0, "tracing": 0,
     "fingerprint": 1, "projection": 1, "storage": 1, "owned": 1, "generators": 1, "precision": 1, "streams": 1, "private": 1,
     "kinds": 2, "reach": 2, "names": 3, "saved": 3, "quiet": 4, "effects": 4,
     "state": 5, "functional": 5, "solvers": 5,

@@ -858,12 +858,18 @@ class Between(torch.autograd.Function):
         return grad, None
 
 
-def test_what_blocks_have_in_common_is_walked_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is noted before replays, each time that it is."""
+    things: list[Any] = []
+    note = effects._Reached._note
+    monkeypatch.setattr(effects._Reached, "_note", lambda self, thing, kind: things.append(thing) or note(self, thing, kind))
+    return things
+
+
+def test_what_blocks_have_in_common_is_walked_once_a_pass(met: list[Any]) -> None:
     config = Common()
     model = nn.Sequential(*[Configured(config) for _ in range(8)])
-    met: list[Any] = []
-    note = effects._Reached._note
-    monkeypatch.setattr(effects._Reached, "_note", lambda self, thing, kind: met.append(thing) or note(self, thing, kind))
     with revhooks.reversible(replay=Configured, ops=False) as run:
         model(torch.randn(3, WIDTH)).sum().backward()
     assert run.stats.replays > 4
@@ -916,7 +922,7 @@ def test_what_changes_between_two_replays_stays(change: str, monkeypatch: pytest
         assert blocks[1].config.losses == []
 
 
-def test_many_objects_of_a_block_are_not_walked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_objects_of_a_block_are_not_walked_one_by_one(met: list[Any]) -> None:
     """Each leads to the same registry: it is met a few times in the first replay, and once in each other."""
 
     class State:
@@ -936,9 +942,6 @@ def test_many_objects_of_a_block_are_not_walked_one_by_one(monkeypatch: pytest.M
     config = Common()
     del config.nested["seen"][:]
     model = nn.Sequential(*[Many(config) for _ in range(8)])
-    met: list[Any] = []
-    note = effects._Reached._note
-    monkeypatch.setattr(effects._Reached, "_note", lambda self, thing, kind: met.append(thing) or note(self, thing, kind))
     with revhooks.reversible(replay=Many, ops=False) as run:
         model(torch.randn(3, WIDTH)).sum().backward()
     assert run.stats.replays == 7

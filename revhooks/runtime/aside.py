@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch._C import _autograd
-from torch._C import _current_graph_task_id as current_pass
 from torch._functorch import eager_transforms
 from torch.autograd.function import BackwardCFunction
+
+from ..backward import current_pass
 
 __all__ = ["make_room"]
 

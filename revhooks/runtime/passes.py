@@ -7,13 +7,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch._C import _current_graph_task_id as current_pass
 from torch._C._autograd import _get_current_graph_task_keep_graph as keeps_graph
-from torch.autograd import Variable
+
+from ..backward import NO_PASS, call_at_end, current_pass
 
 __all__ = ["EVERYTHING", "NOTHING", "NO_PASS", "Passes", "Purged", "current_pass", "is_retained"]
 
-NO_PASS = -1
 EVERYTHING, NOTHING = math.inf, -math.inf  # over when a pass has come to any frame, or when it has ended
 
 
@@ -54,9 +53,7 @@ class Passes:
             self._task, self._queued = task, set()
             self.count += 1
         if callback.__qualname__ not in self._queued:
-            try:
-                Variable._execution_engine.queue_callback(callback)
-            except RuntimeError:  # a pass that only records itself, to be compiled, runs to no end
+            if not call_at_end(callback):
                 return False
             self._queued.add(callback.__qualname__)
         return True

@@ -20,6 +20,9 @@ DEVICE ?= cuda
 	@# Hugging Face's GPT-2, for bench/ordinary.py. Without dependencies: none may bring another torch.
 	$(BIN)/python -m pip install --quiet --no-deps transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 \
 		safetensors==0.8.0 regex pyyaml requests urllib3 certifi charset-normalizer idna tqdm
+	@# Trainers, for revhooks.integrations. Without dependencies, but what they import: Lightning asks for a second one of itself.
+	$(BIN)/python -m pip install --quiet --no-deps lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
+		accelerate==1.12.0 psutil packaging fsspec typing-extensions
 	@touch $@
 
 demo: .venv/.installed
@@ -53,6 +56,8 @@ bench: .venv/.installed
 	$(BIN)/python bench/drift.py
 	$(BIN)/python bench/cifar_table.py
 	$(BIN)/python bench/iresnet_table.py
+	$(BIN)/python bench/picture.py
+	$(BIN)/python bench/figures.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

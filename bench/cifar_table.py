@@ -38,7 +38,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import revhooks  # noqa: E402
-from revhooks.profile.meters import AccountedMeter  # noqa: E402
+from revhooks.profiler.meters import AccountedMeter  # noqa: E402
 from revhooks.record import Stats, human_bytes  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

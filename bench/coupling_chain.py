@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import revhooks  # noqa: E402
 from revhooks.nn import AdditiveCoupling, ReversibleSequential  # noqa: E402
-from revhooks.profile.meters import AccountedMeter, ResidentMeter, alternate, cuda_peak  # noqa: E402
+from revhooks.profiler.meters import AccountedMeter, ResidentMeter, alternate, cuda_peak  # noqa: E402
 from revhooks.record import human_bytes  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

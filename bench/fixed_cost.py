@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revhooks
 from revhooks.nn import AdditiveCoupling
-from revhooks.profile.meters import alternate
+from revhooks.profiler.meters import alternate
 
 BLOCKS, ROUNDS = 100, 25
 SAVED_A_BLOCK = 10

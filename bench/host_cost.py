@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import revhooks
 import revhooks.runtime.packing
 import revhooks.storage
-from revhooks.profile.meters import alternate
+from revhooks.profiler.meters import alternate
 
 RESULTS = Path(__file__).parent / "results"
 WAITED = 4  # steps in which waits are counted

@@ -50,7 +50,7 @@ from rich.console import Console  # noqa: E402
 from torch import nn  # noqa: E402
 
 import revhooks  # noqa: E402
-from revhooks.profile.tracker import Workload  # noqa: E402
+from revhooks.profiler.workload import Workload  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 START = time.perf_counter()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import revhooks
-from revhooks.profile.meters import AccountedMeter, ResidentMeter, alternate
-from revhooks.profile.tracker import Workload
+from revhooks.profiler.meters import AccountedMeter, ResidentMeter, alternate
+from revhooks.profiler.workload import Workload
 
 MOST_ROUNDS = 9
 

@@ -1,6 +1,6 @@
 """Ordinary models, as people write them: none knows of revhooks.
 
-Each maker returns a `revhooks.profile.tracker.Workload`: a model in training mode, inputs, a loss. Sizes are arguments, so that
+Each maker returns a `revhooks.profiler.tracker.Workload`: a model in training mode, inputs, a loss. Sizes are arguments, so that
 the bench, its quick form and the tests share them.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revhooks.profile.tracker import Workload
+from revhooks.profiler.workload import Workload
 
 VOCABULARY = 512  # small: a large one's logits would hide what the layers save
 

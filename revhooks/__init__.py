@@ -16,6 +16,7 @@ _HOME = {
     "invertible": ".registry",
     "check": ".checking",
     "CheckResult": ".checking",
+    "profile": ".profiler.profile",
 }
 _SUBMODULES = ("errors", "functional", "nn", "record", "solvers")
 
@@ -27,6 +28,7 @@ __all__ = [
     "functional",
     "invertible",
     "nn",
+    "profile",
     "record",
     "register",
     "registered",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from . import errors, functional, nn, record, solvers
     from .checking import CheckResult, check
     from .context import checkpoint, reversible
+    from .profiler.profile import profile
     from .registry import invertible, register, registered, unregister
 
 

@@ -24,6 +24,7 @@ from .runtime.policy.plan import predicate
 from .runtime.run import Run
 from .saved import Source
 from .tracing import hide, hide_all
+from .watching import WATCHERS
 
 __all__ = ["checkpoint", "reversible"]
 
@@ -91,6 +92,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         self._budget = budget
         parse_bytes(budget)
         self._spec = replay
+        self._keep_spec = keep
         self._by_predicate = bool(replay) and not isinstance(replay, (type, tuple, list))
         if replay:
             bracket(replay)
@@ -115,6 +117,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         hooks.__enter__()
         self._entered.setdefault(threading.get_ident(), []).append((hooks, ACTIVE.run))
         ACTIVE.run = run
+        for watcher in WATCHERS:
+            watcher.began(run)
         return run
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -138,14 +142,15 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with reversible(**self._options):
+            with reversible(**self.options):
                 return function(*args, **kwargs)
 
         return wrapped  # type: ignore[return-value]
 
     @property
-    def _options(self) -> dict[str, Any]:
-        kept = {"replay": self._spec, "keep": self._keep or ()}
+    def options(self) -> dict[str, Any]:
+        """What it was made with, by keyword."""
+        kept = {"replay": self._spec, "keep": self._keep_spec}
         return {**kept, "budget": self._budget, "ops": self._ops, "offload": self._offload, "guard": self._guard}
 
 

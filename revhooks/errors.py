@@ -33,6 +33,7 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "explain",
+    "told",
 ]
 
 
@@ -78,6 +79,17 @@ class ModifiedError(BackwardError):
 
 class FallbackWarning(UserWarning):
     """A block is rebuilt from kept tensors instead of by its inverse from now on."""
+
+
+def told(error: BaseException) -> str:
+    """What somebody else's error says, in one line, for the ``got`` of a message.
+
+    Example:
+        >>> told(ValueError("a number.")), told(KeyError())
+        ('ValueError: a number', 'KeyError')
+    """
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "").rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def explain(subject: str, *, expected: str, got: str, remedy: str) -> str:

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 
 from .errors import explain
 
-__all__ = ["REQUIRED", "missing", "require"]
+__all__ = ["PREDICTING", "REQUIRED", "missing", "require"]
 
 REQUIRED = (
     "torch._C.DisableTorchFunctionSubclass",
@@ -46,6 +46,12 @@ REQUIRED = (
     "torch.overrides._get_current_function_mode_stack",
     "torch.utils._device.DeviceContext",
     "torch.utils.checkpoint._enable_checkpoint_early_stop",
+)
+# what only predictions use (`revhooks.hollow`)
+PREDICTING = (
+    "torch._C._DisableTorchDispatch",
+    "torch._C._construct_storage_from_data_pointer",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
 )
 
 

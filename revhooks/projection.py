@@ -11,9 +11,12 @@ import functools
 import torch
 from torch import Tensor
 
+from .hollow import is_hollow
+
 __all__ = ["projection"]
 
 _ROW = 1024
+_MANY = 1 << 26  # elements: as many as are taken at once
 _DTYPES = (torch.float32, torch.float64)  # in others a sum has too few digits
 
 
@@ -34,6 +37,8 @@ def projection(tensor: Tensor, count: int) -> Tensor:
     if flat.dtype not in _DTYPES or flat.device.type != "cpu" or not flat.is_contiguous() or not flat.numel():
         return flat.new_empty(0)
     flat = flat.view(-1)
+    if flat.numel() > _MANY and is_hollow(flat):
+        flat = flat[:_MANY]  # which takes as much as all, that are taken part by part
     signs = _signs(flat.dtype)
     end = flat.numel() // _ROW * _ROW
     total = torch.dot(flat[end:], signs[: flat.numel() - end])

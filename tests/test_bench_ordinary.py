@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.ordinary_measure import Contender, accounted, difference, memory, peer, rebuilds
 from bench.ordinary_models import GPTBlock, Skipped, gpt, gpt2, llama, resnet50, resnet110
 from revhooks import reversible
-from revhooks.profile.tracker import Workload
+from revhooks.profiler.workload import Workload
 from revhooks.storage import is_leaf
 
 pytestmark = pytest.mark.cpu(reason="memory that kernels of the CPU take")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks.nn import AdditiveCoupling, ReversibleSequential
-from revhooks.profile.meters import AccountedMeter
+from revhooks.profiler.meters import AccountedMeter
 from tests.conftest import assert_same, step
 
 pytestmark = pytest.mark.cpu(reason="memory that kernels of the CPU take")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -10,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from revhooks.cli import main
-from revhooks.profile.target import load_target
-from revhooks.record import SCHEMA_VERSION, Kept, ModuleRow, Report, Stats, Step, WorstError
-from revhooks.report.tables import render
+from revhooks.profiler.target import load_target
+from revhooks.record import SCHEMA_VERSION, Record
 from revhooks.report.timeline import timeline
 
 pytestmark = pytest.mark.cpu(reason="reports that name a CPU, and processes of their own")
@@ -45,7 +42,40 @@ def vector_loss():
     return model, x, lambda out: out
 
 def nothing():
-    return 3
+    return [3]
+
+def keywords(batch=32, bias=True):
+    torch.manual_seed(0)
+    hidden = [nn.Sequential(nn.Linear(64, 64, bias=bias), nn.GELU()) for _ in range(3)]
+    return nn.Sequential(*hidden, nn.Linear(64, 4)), torch.randn(batch, 64)
+
+def by_name():
+    class Named(nn.Linear):
+        def forward(self, *, x):
+            return super().forward(x)
+    return Named(4, 4), {"x": torch.randn(2, 4)}
+
+net, data = build()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+def step():
+    optimizer.zero_grad()
+    loss = net(data).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+def exits():
+    raise SystemExit(3)
+
+def exits_in_its_loss():
+    return (*build(), lambda out: exits())
+
+def no_tensors():
+    class Silent(nn.Linear):
+        def forward(self, x):
+            return object()
+    return Silent(4, 4), torch.randn(2, 4)
 
 def bad_loss():
     return (*build(), 3)
@@ -62,33 +92,90 @@ def targets(tmp_path: Path) -> str:
 
 
 def test_report(targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saved = tmp_path / "report.json"
-    assert main(["report", f"{targets}:with_loss", "--json", str(saved), "--rounds", "1"]) == 0
-    out = capsys.readouterr().out
+    files = {kind: tmp_path / f"report.{kind}" for kind in ("json", "html", "svg", "trace", "flamegraph")}
+    options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert main(["report", f"{targets}:with_loss", "--quick", "--rounds", "1", *options]) == 0
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
     for words in (
-        "saved for backward / held", "accounted peak", "measured peak (resident set, fresh process)", "step time",
-        "worst reconstruction error", "worst gradient error", "AdditiveCoupling", "reconstructed by inversion", "newest block",
+        "reversible() saved", "what if", "of plain's time", "measured: resident set, fresh process", "AdditiveCoupling",
+        "what is still held", "memory over the step", "parameters", "gradients",
     ):  # fmt: skip
-        assert words in re.sub(r"\s+", " ", out), words
-    data = json.loads(saved.read_text())
-    assert data["schema_version"] == SCHEMA_VERSION
-    numbers = {**data["plain"], **data["reversible"], **data["stats"]}
-    assert all(isinstance(v, int) for k, v in numbers.items() if k.endswith(("_bytes", "_ns", "frames", "inversions")))
-    assert all(isinstance(row[key], int) for row in data["modules"] for key in ("saved_plain_bytes", "held_bytes"))
-    assert data["plain"]["saved_bytes"] == sum(row["saved_plain_bytes"] for row in data["modules"])
-    assert data["reversible"]["saved_bytes"] == data["stats"]["held_bytes"]
-    assert data["reversible"]["saved_bytes"] == sum(row["held_bytes"] for row in data["modules"])
-    assert data["worst_gradient_error"] < 1e-3
-    assert main(["report", str(saved)]) == 0
-    again = capsys.readouterr().out
-    assert "accounted peak" in again
-    assert Report.load(saved).to_json() + "\n" == saved.read_text()
+        assert words in out, words
+    record = Record.load(files["json"])
+    plain, reversible = record.choices
+    assert record.kind == "report"
+    assert (plain.name, reversible.name) == ("plain", "reversible()")
+    assert plain.saved_bytes == sum(row.saved_plain_bytes for row in record.modules) == record.stats.packed_bytes
+    assert reversible.saved_bytes == record.stats.held_bytes == sum(row.held_bytes for row in record.modules)
+    assert reversible.gradient_error is not None
+    assert 0 < reversible.gradient_error < 1e-3
+    assert all(choice.measured_peak_bytes is not None for choice in record.choices)
+    data = json.loads(files["json"].read_text())
+    numbers = [*data["choices"], *data["modules"], data["stats"]]
+    assert all(
+        type(value) is int for row in numbers for name, value in row.items() if name.endswith(("_bytes", "_ns", "permille"))
+    )
+    assert main(["report", str(files["json"])]) == 0
+    assert re.sub(r"\s+", " ", capsys.readouterr().out) == out
+    for kind, start in (("html", "<!doctype html>"), ("svg", "<svg"), ("trace", '"traceEvents"'), ("flamegraph", ";")):
+        assert start in files[kind].read_text().lower().replace("traceevents", "traceEvents"), kind
+    before = files["svg"].read_text()
+    assert main(["report", str(files["json"]), "--svg", str(files["svg"])]) != 0
+    assert "-f overwrites it" in capsys.readouterr().err
+    assert main(["report", str(files["json"]), "--svg", str(files["svg"]), "-f"]) == 0
+    assert files["svg"].read_text() == before
 
 
 def test_report_of_a_module(targets: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(Path(targets).parent)
     assert main(["report", "targets_for_tests:build", "--rounds", "1", "--no-fresh"]) == 0
-    assert "saved for backward" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checkpoint AdditiveCoupling" in out
+    assert "replay=AdditiveCoupling" not in out  # which is inverted
+    assert "measured" not in out
+
+
+def test_report_of_a_training_step(targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "report.json"
+    assert main(["report", f"{targets}:step", "--rounds", "1", "--no-fresh", "--json", str(saved)]) == 0
+    record = Record.load(saved)
+    plain, reversible = record.choices[:2]
+    assert reversible.saved_bytes < plain.saved_bytes
+    assert reversible.gradient_error is None  # its parameters change
+    assert {row.type for row in record.modules} >= {"AdditiveCoupling", "Linear"}
+    assert not any(choice.problem for choice in record.choices)
+
+
+def test_arguments_of_a_target(targets: str, tmp_path: Path) -> None:
+    held = []
+    for batch in ("32", "64"):
+        saved = tmp_path / f"{batch}.json"
+        options = ["--quick", "--no-fresh", "--rounds", "1", "--json", str(saved)]
+        assert main(["report", f"{targets}:keywords", "--set", f"batch={batch}", "--set", "bias=False", *options]) == 0
+        record = Record.load(saved)
+        assert record.target.endswith(f"batch={batch} bias=False")
+        assert record.parameter_bytes == 4 * (3 * 64 * 64 + 64 * 4 + 4)
+        held.append(record.choices[0].saved_bytes)
+    assert held[1] == 2 * held[0]
+
+
+def test_inputs_by_keyword(targets: str) -> None:
+    assert main(["report", f"{targets}:by_name", "--quick", "--no-fresh", "--rounds", "1"]) == 0
+
+
+def test_report_of_fake_tensors(targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "report.json"
+    size = ["--set", "batch=10_000_000", "--quick"]
+    options = ["--fit", "1GiB", "--vary", "batch", "--optimizer", "sgd", "--json", str(saved)]
+    assert main(["report", f"{targets}:keywords", "--fake", *size, *options]) == 0
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "nothing was allocated" in out
+    record = Record.load(saved)
+    assert record.choices[0].saved_bytes > 2**32
+    assert record.choices[0].how == "predicted"
+    fits = {fit.name: fit for fit in record.fits}
+    assert all(fit.keyword == "batch" and fit.bytes <= fit.limit_bytes == 2**30 for fit in record.fits)
+    assert fits["plain"].largest < fits["reversible()"].largest
 
 
 def test_a_file_does_not_stand_for_a_module_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +189,7 @@ def test_a_file_does_not_stand_for_a_module_of_its_name(tmp_path: Path, monkeypa
 
 def test_check(targets: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{targets}:build"]) == 0
-    assert "Sequential: ok" in capsys.readouterr().out
+    assert "ok: Sequential" in capsys.readouterr().out
 
 
 ERRORS = [
@@ -112,10 +199,15 @@ ERRORS = [
     ("{file}:nope", "a function 'nope'"),
     ("{file}:value", "a function 'value'"),
     ("{file}:nothing", "(model, inputs) or (model, inputs, loss)"),
+    ("{file}:net", "a model itself (Sequential)"),
+    ("{file}", "{file}:build"),
     ("{file}:bad_loss", "a loss that is a function"),
     ("{file}:wrong_shape", "inputs ((32, 3))"),
     ("{file}:vector_loss", "loss that gives a scalar"),
-    ("missing.json", "No such file"),
+    ("missing.json", "no such file"),
+    ("{file}:exits", "expected one that comes to its end, got exit (3)"),
+    ("{file}:exits_in_its_loss", "expected one that comes to its end, got exit (3)"),
+    ("{file}:no_tensors", "an output without: object. Remedy: return (model, inputs, loss)"),
 ]
 
 
@@ -123,21 +215,43 @@ ERRORS = [
 def test_errors_are_one_line_without_a_traceback(
     target: str, message: str, targets: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["report", target.format(file=targets), "--no-fresh"]) == 1
+    assert main(["report", target.format(file=targets), "--no-fresh"]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err
+    assert message.format(file=targets) in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_a_record_is_not_measured_again(targets: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--fake"], ["--quick"], ["--rounds", "3"], ["--set", "a=1"]):
+        assert main(["report", str(tmp_path / "a.json"), *option]) == 2
+        assert f"{option[0]}: expected a target to call, got a saved record" in capsys.readouterr().err
 
 
 def test_schema_version_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "old.json"
     path.write_text('{"schema_version": 0}')
-    assert main(["report", str(path)]) == 1
+    assert main(["report", str(path)]) == 2
     assert f"expected schema version {SCHEMA_VERSION}, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["report"], ["check"]])
+@pytest.mark.parametrize("force", [[], ["-f"]])
+def test_where_nothing_can_be_written_nothing_is_measured(
+    force: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = tmp_path / "ran"
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(ran)!r}, 'w')\n")
+    for place, told in ((tmp_path / "absent" / "x.json", "got none"), (tmp_path, "got a directory")):
+        assert main(["report", f"{script}:build", "--json", str(place), *force]) == 2
+        assert main(["run", *force, "-o", str(place), str(script)]) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert len(errors) == 2
+        assert all(told in error for error in errors)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["report"], ["check"], ["compare"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -147,47 +261,59 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert not command or "example" in out
 
 
+OPTIONS = [
+    (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    (["--rows", "0"], "--rows: expected at least 1"),
+    (["--fit", "1GiB"], "add --fake"),
+    (["--fake", "--vary", "batch"], "add --fit"),
+    (["--set", "batch"], "expected NAME=VALUE, got 'batch'"),
+    (["--set", "batch=3", "--no-fresh"], "expected one that takes batch, got one that takes nothing"),
+    (["--fake", "--fit", "much"], "--fit: expected a memory in bytes"),
+    (["--html", "/nowhere/x.html"], "expected a directory /nowhere, got none"),
+    (["--fake", "--fit", "1GiB"], "integer argument"),
+    (["--fake", "--optimizer", "none at all"], "adamw"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_options_that_say_nothing(options: list[str], message: str, targets: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"{targets}:build", *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
 def test_demo(tmp_path: Path) -> None:
     saved = tmp_path / "demo.json"
-    command = [sys.executable, "-m", "revhooks", "demo", "--epochs", "1", "--blocks", "10", "--json", str(saved)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for words in (
-        "test accuracy", "saved for backward / held", "accounted peak", "step time", "largest gradient difference",
-        "worst reconstruction error", "memory over one step", "gave back",
-    ):  # fmt: skip
-        assert words in done.stdout
-    report = Report.load(saved)
-    assert report.reversible.saved_bytes < 0.5 * report.plain.saved_bytes
-    assert report.worst_gradient_error < 0.05
-
-
-def test_demo_refuses_nonsense(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--blocks", "0"]) == 1
-    assert "--blocks: expected at least 1, got 0" in capsys.readouterr().err
-
-
-def sample_report() -> Report:
-    stats = Stats(1000, 200, 300, 4, 3, 0, 0, WorstError(1e-6, "block 2 (AdditiveCoupling)"), (Kept("anchor", "b", 200),))
-    plain = Step(3 * 2**20, 4 * 2**20, 5 * 2**20, "resident set, fresh process", 10_000_000, (0, 1, 4, 1, 0))
-    rev = Step(2**20, 2 * 2**20, 2 * 2**20, "resident set, fresh process", 13_000_000, (0, 1, 2, 1, 0))
-    rows = (
-        ModuleRow("1", "AdditiveCoupling", 2 * 2**20, 0, "reconstructed by inversion"),
-        ModuleRow("", "Sequential", 2**20, 2**20, "saved outside"),
+    small = ["--epochs", "1", "--blocks", "6", "--channels", "16", "--batch", "64"]
+    done = subprocess.run(
+        [sys.executable, "-m", "revhooks", "demo", *small, "--json", str(saved)], capture_output=True, text=True, check=True
     )
-    return Report("m:f", "cpu", "2.13.0", plain, rev, 1300, 1e-6, "block 2 (AdditiveCoupling)", 2e-6, stats, rows)
+    for words in (
+        "test accuracy",
+        "held for backward, at most",
+        "training step",
+        "worst reconstruction error",
+        "what if",
+        "memory over the step",
+    ):
+        assert words in done.stdout
+    record = Record.load(saved)
+    plain, reversible = record.choices[:2]
+    assert reversible.saved_bytes < 0.5 * plain.saved_bytes
+    assert reversible.gradient_error is not None
+    assert reversible.gradient_error < 0.05
+    assert any(choice.name == "checkpoint AdditiveCoupling" for choice in record.choices)
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_report_fits_the_terminal(width: int) -> None:
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(sample_report()))
-    text = console.export_text()
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert max(map(len, lines)) <= width
-    assert any(re.fullmatch(r"\s*saved for backward / held\s+3\.0 MiB\s+1\.0 MiB\s+0\.33", line) for line in lines)
-    assert any(re.fullmatch(r"\s*accounted peak of the step\s+4\.0 MiB\s+2\.0 MiB\s+0\.50", line) for line in lines)
-    assert any(re.fullmatch(r"\s*step time\s+10\.0 ms\s+13\.0 ms\s+1\.30", line) for line in lines)
-    assert any(line.lstrip().startswith("1  ") and "reconstructed" in line for line in lines)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--blocks", "0"], "--blocks: expected at least 1, got 0"), (["--channels", "15"], "--channels: expected an even number")],
+)
+def test_demo_refuses_nonsense(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_timeline_is_on_one_scale() -> None:

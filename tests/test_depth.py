@@ -10,7 +10,7 @@ from torch import nn
 
 import revhooks
 from revhooks import nn as rnn
-from revhooks.profile.meters import AccountedMeter
+from revhooks.profiler.meters import AccountedMeter
 from tests.conftest import Notes, compare, conv_branch, mlp, step
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import revhooks
-from revhooks.profile.target import load_target
+from revhooks.profiler.target import load_target
 
 EXAMPLES = sorted(path for path in (Path(__file__).parents[1] / "examples").glob("*.py") if path.name != "common.py")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -18,7 +18,7 @@ from bench.ordinary_measure import Contender, accounted, peer
 from bench.ordinary_models import GPTBlock, gpt
 from revhooks import nn as rnn
 from revhooks.errors import ModifiedError, ReplayError
-from revhooks.profile.meters import AccountedMeter
+from revhooks.profiler.meters import AccountedMeter
 from revhooks.runtime import whole
 from revhooks.runtime.frames import newest
 from revhooks.runtime.frames.newest import SHARE

@@ -600,7 +600,7 @@ def test_every_kept_byte_is_explained() -> None:
         kept = run.stats.kept
         assert sum(one.bytes for one in kept) == run.stats.held_bytes
         assert all(one.why and one.what and one.remedy for one in kept)
-        assert {"Addmm", "none with a gradient"} & {one.op for one in kept}
+        assert {"Addmm", "data without a gradient"} & {one.op for one in kept}
         y.backward()
 
 

@@ -22,6 +22,8 @@ PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without
     "torch._C._dynamo",
     "torch._dynamo.compiled_autograd",
+    "torch.cuda.memory._set_memory_metadata",
+    "torch.cuda.memory._snapshot",
     "torch.ops.aten._fused_rms_norm",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
 }
@@ -38,9 +40,9 @@ def test_every_private_name_that_is_used_is_listed() -> None:
         for module, names in re.findall(r"^from (torch\.[\w.]*) import (.*)$", text, re.MULTILINE):
             for name in (part.split(" as ")[0].strip() for part in names.strip("()").split(",")):
                 used |= {f"{module}.{name}"} if "._" in f"{module}.{name}" else set()
-    listed = set(private.REQUIRED) | OPTIONAL
+    listed = {*private.REQUIRED, *private.PREDICTING} | OPTIONAL
     tools = {"torch.utils._python_dispatch.TorchDispatchMode", "torch.utils._pytree.tree_leaves", "torch.utils._pytree"}
-    tools |= {"torch.distributed._tools.mem_tracker", "torch.nn.modules.dropout._DropoutNd"}  # of profile/, and a class
+    tools |= {"torch.distributed._tools.mem_tracker", "torch.nn.modules.dropout._DropoutNd"}  # of profiler/, and a class
     known = listed | tools
     unlisted = {
         name
@@ -50,7 +52,7 @@ def test_every_private_name_that_is_used_is_listed() -> None:
     assert not unlisted, f"private names of torch that revhooks.private does not list: {sorted(unlisted)}"
 
 
-@pytest.mark.parametrize("name", private.REQUIRED)
+@pytest.mark.parametrize("name", [*private.REQUIRED, *private.PREDICTING])
 def test_torch_has_the_private_name(name: str) -> None:
     assert not private.missing((name,)), f"torch {torch.__version__} has no {name} any more: revhooks cannot be imported"
 

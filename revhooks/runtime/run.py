@@ -23,6 +23,7 @@ from ..record import Kept, Stats
 from ..registry import ACTIVE, Registration
 from ..storage import is_opaque, storage_key
 from ..tracing import is_traced
+from ..watching import WATCHERS
 from .aside import make_room
 from .calls.arguments import runs_out
 from .frames.coupling import CouplingFrame
@@ -96,6 +97,8 @@ class Run(Packing):
             self._newest = Newest(latest, self.ledger)
         if self._wholes is not None:
             self._wholes.learn(self)
+        for watcher in WATCHERS:
+            watcher.backward_began(self)
 
     @property
     def owner(self) -> Run:
@@ -272,10 +275,15 @@ class Run(Packing):
         marks = self.rng.torch_marks(frame.device) if frame.draws else None
         generators = self.rng.torch_state(frame.device, marks) if frame.draws else None
         self.passes.rebuilding.append(frame)
+        told = [(watcher, frame.subject, frame.label) for watcher in WATCHERS]
+        for watcher, module, label in told:
+            watcher.rebuild_began(module, label)
         try:
             frame.rebuild(slots, transient=transient)
         finally:
             self.passes.rebuilding.pop()
+            for watcher, module, label in told:
+                watcher.rebuild_ended(module, label)
             if generators is not None and self.rng.torch_marks(frame.device) != marks:
                 generators.restore()
 
@@ -333,10 +341,10 @@ class Run(Packing):
             offloaded_bytes=ledger.offloaded,
             peak_offloaded_bytes=ledger.peak_offloaded,
             worst_error=self.guard.worst,
-            kept=tuple(self._kept()),
+            kept=tuple(self.kept()),
         )
 
-    def _kept(self) -> list[Kept]:
+    def kept(self) -> list[Kept]:
         """What is held now, by reason and place, each storage once, largest first."""
         kept: dict[tuple[str, str, str], int] = {}
         seen: set[int] = set()
@@ -358,7 +366,7 @@ class Run(Packing):
             for why, what, tensor in value.report() if value is not None else ():
                 yield why, what, "", tensor
         for handle in self.ledger.handles:
-            op = "none with a gradient" if handle.kind is type(None) else handle.kind.__name__.removesuffix("Backward0")
+            op = "data without a gradient" if handle.kind is type(None) else handle.kind.__name__.removesuffix("Backward0")
             for tensor in handle.report():
                 yield ORDINARY, handle.what, op, tensor
 

@@ -103,6 +103,11 @@ class Frame(abc.ABC):
         self.inputs: list[weakref.ref[Value]] = []
 
     @property
+    def subject(self) -> nn.Module | None:
+        """The module whose call it is; ``None`` for a function."""
+        return None
+
+    @property
     @abc.abstractmethod
     def label(self) -> str:
         """How errors, warnings and reports call it."""
@@ -367,6 +372,11 @@ class ModuleFrame(Frame):
     def __init__(self, run: Home, module: nn.Module, facts: Facts | None = None) -> None:
         super().__init__(run, facts_of(module) if facts is None else facts, training=module.training)
         self.module = module
+
+    @property
+    def subject(self) -> nn.Module:
+        """The block."""
+        return self.module
 
     @property
     def label(self) -> str:

@@ -157,8 +157,15 @@ class ReplayFrame(Frame):
         self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
 
     @property
+    def subject(self) -> nn.Module | None:
+        """The module that is run again, if it was named by its class."""
+        return self.region.roots[0] if self.region.named else None
+
+    @property
     def label(self) -> str:
         """How errors and reports call it."""
+        if self.subject is not None:
+            return self.run.label(self.subject, self.ordinal)
         return f"checkpoint {self.ordinal} ({self.region.name})"
 
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

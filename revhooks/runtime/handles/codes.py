@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...capture import is_capturing
+from ...hollow import empty, is_hollow, some_values
 from ...storage import BITS, Held, Ledger, is_near, restride
 
 __all__ = ["Code", "code_of", "fewest", "mask_of"]
@@ -91,7 +92,8 @@ def _narrowed(flat: Tensor, what: str) -> Code | None:
 
 def _mask(flat: Tensor, what: str) -> Code | None:
     """Of a tensor with two values, of which one is 0."""
-    found = {number for number in flat[:: max(1, flat.numel() // _PROBES)].tolist() if number}
+    probes = some_values(flat) if is_hollow(flat) else flat[:: max(1, flat.numel() // _PROBES)].tolist()
+    found = {number for number in probes if number}
     if len(found) > 1 or not all(0 < number < math.inf for number in found):
         return None
     value = flat.new_tensor(found.pop() if found else 0.0)
@@ -113,6 +115,8 @@ def _shifts(device: torch.device) -> Tensor:
 
 
 def _pack(mask: Tensor) -> Tensor:
+    if is_hollow(mask):
+        return empty((-(-mask.numel() // 8),), torch.uint8)
     numpy = sys.modules.get("numpy")
     if mask.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.packbits(mask.numpy(), bitorder="little"))
@@ -121,6 +125,8 @@ def _pack(mask: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, size: int) -> Tensor:
+    if is_hollow(bits):
+        return empty((size,), torch.bool)
     numpy = sys.modules.get("numpy")
     if bits.device.type == "cpu" and numpy is not None:
         return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)

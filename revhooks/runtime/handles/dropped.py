@@ -11,6 +11,7 @@ from torch import Tensor
 from ...saved import Source, freed, modified
 from ...storage import reserve, version_probe
 from ...streams import follow, stream_of
+from ...watching import WATCHERS
 from ..offload.parked import Parked
 from ..passes import EVERYTHING, is_retained
 
@@ -154,6 +155,8 @@ class Dropped(Source):
         tensor = at_version(self.bringer.tensor(self), self.version)
         self._stream = stream_of(tensor.device)
         self._hold(tensor)
+        for watcher in WATCHERS:
+            watcher.brought(tensor)
         if is_retained():
             self._shared.passes.purge_later(self, EVERYTHING)
         return tensor

@@ -16,6 +16,7 @@ from ...errors import InversionError, ReplayError, RevhooksError, explain
 from ...projection import projection
 from ...record import WorstError
 from ...storage import is_near, is_opaque
+from ...watching import WATCHERS
 
 __all__ = ["DRIFT", "Fallback", "Guard", "Sample", "Verdict", "is_again", "is_measured", "relative_error", "tolerance"]
 
@@ -378,6 +379,8 @@ class Guard:
     ) -> None:
         if error > self.worst:
             self.worst = WorstError(error, label())
+        for watcher in WATCHERS:
+            watcher.compared(label(), error)
         mild, gross = bounds
         if zeros and lost > 1 and self.mode != "measure":  # one may be by chance
             fallback("exact zeros that do not come back", label(), below=False)

@@ -31,7 +31,6 @@ class AccountedMeter(TorchDispatchMode):
     Attributes:
         live: bytes alive now.
         peak: the most that was alive at once.
-        timeline: bytes alive after each change.
 
     Example:
         >>> with AccountedMeter() as meter:
@@ -45,7 +44,6 @@ class AccountedMeter(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
-        self.timeline: list[int] = [0]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,14 +67,22 @@ class AccountedMeter(TorchDispatchMode):
         if not made:  # it was there before
             self._known[key] = weakref.ref(storage, self._forget(key))
             return
-        nbytes = storage.nbytes()
+        life = self._begin(storage.nbytes(), key)
 
         def died(_: Any) -> None:
             del self._known[key]
-            self._change(-nbytes)
+            self._end(life)
 
         self._known[key] = weakref.ref(storage, died)
+
+    def _begin(self, nbytes: int, key: int) -> Any:
+        """A storage was made; what is returned stands for it."""
         self._change(nbytes)
+        return nbytes
+
+    def _end(self, life: Any) -> None:
+        """It was freed."""
+        self._change(-life)
 
     def _forget(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
@@ -87,7 +93,6 @@ class AccountedMeter(TorchDispatchMode):
     def _change(self, nbytes: int) -> None:
         self.live += nbytes
         self.peak = max(self.peak, self.live)
-        self.timeline.append(self.live)
 
 
 class ResidentMeter:

@@ -1,0 +1,1 @@
+"""Texts that reports are compared with."""

@@ -94,9 +94,7 @@ class CheckResult:
         if self.log_det_error is not None:
             rows.append(("log-det error", f"{self.log_det_error:.2g}"))
         if self.packed_bytes:
-            rows.append(
-                ("held", f"{human_bytes(self.held_bytes)}, where plain autograd holds {human_bytes(self.packed_bytes)}")
-            )
+            rows.append(("held", f"{human_bytes(self.held_bytes)}, where plain autograd holds {human_bytes(self.packed_bytes)}"))
         if self.drift is not None:
             rows.append(("drift", str(self.drift)))
         return rows

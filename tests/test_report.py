@@ -181,7 +181,6 @@ def test_advice_after_a_problem() -> None:
     text = said(PLAIN, broken, choice("checkpoint Block", 10, 30, 1300))
     assert text.startswith("reversible() could not be measured: ReplayError: it drew other numbers. ")
     assert "It is checkpoint Block that lowers the peak" in text
-    assert said(Choice("plain", problem="no"), REVERSIBLE) == "There is nothing to compare with: plain autograd was not measured."
     assert said(REVERSIBLE) == "There is nothing to compare with: plain autograd was not measured."
     failed = Choice("replay=Block", problem="no")
     assert suggestion(Record("report", "net", "cpu", "2", (PLAIN, REVERSIBLE, failed))) is None
@@ -216,6 +215,18 @@ def test_advice_says_when_checkpointing_would_do_as_well() -> None:
     assert "alone" not in said(PLAIN, REVERSIBLE, replay, slower)
     better = dataclasses.replace(rival, accounted_peak_bytes=10 * MIB)
     assert "or: checkpoint Block would take the peak from 80.0 MiB to 10.0 MiB" in said(PLAIN, REVERSIBLE, replay, better)
+
+
+def test_advice_where_plain_autograd_cannot_take_the_step() -> None:
+    failed = Choice("plain", problem="out of memory")
+    current, low = choice("reversible()", 50, 80, 1000), choice("replay=Block", 10, 30, 1300)
+    text = said(failed, current, low)
+    assert text.startswith("Plain autograd cannot take this step: out of memory. reversible() takes it with a peak of 80.0 MiB;")
+    assert "replay=Block needs the least, 30.0 MiB, for 1.30 of the time.\nWrite: revhooks.reversible(replay=Block)" in text
+    assert "needs the least" not in said(failed, current, choice("replay=Block", 10, 79, 1300))
+    assert "No other way that was tried can." in said(failed, Choice("reversible()", problem="out of memory"))
+    record = Record("report", "net", "cuda", "2.13.0", (failed, current, low))
+    assert [column.title for column in columns(record)][2] == "time /\nreversible()"
 
 
 def test_advice_promises_no_time_below_plains() -> None:

@@ -18,6 +18,7 @@ from revhooks.profiler.ways import PLAIN, REVERSIBLE, ways_of
 from revhooks.profiler.whatif import SETTLE, Trial, measure, trials_of
 from revhooks.profiler.workload import StepFunction, Workload
 from revhooks.record import Record
+from revhooks.registry import ACTIVE
 
 pytestmark = pytest.mark.cpu(reason="accounted bytes of the CPU's kernels")
 
@@ -141,6 +142,34 @@ def test_a_way_that_fails_is_told() -> None:
     assert all("not again" in problem for problem in failed.values())
     assert not record.choices[1].problem
     assert record.stats.packed_bytes
+
+
+class Large(nn.Module):
+    """For which there is memory only where something is run again."""
+
+    def __init__(self, fits: bool) -> None:
+        super().__init__()
+        self.blocks, self.fits = nn.ModuleList(Block(32) for _ in range(4)), fits
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = ACTIVE.run
+        if not self.fits or run is None:
+            raise torch.OutOfMemoryError("of a device")
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_ways_for_which_there_is_no_memory() -> None:
+    record = measure(Workload.of((Large(True), torch.randn(8, 16, 32))), rounds=1)
+    problems = {choice.name: choice.problem for choice in record.choices}
+    assert problems["plain"] == problems["checkpoint Block"] == "out of memory"
+    assert not problems["reversible()"]
+    assert not problems["budget=25%, replay"]
+    held = {choice.name: choice.saved_bytes for choice in record.choices}
+    assert 0 < held["replay=Block"] < held["budget=50%, replay"] < record.stats.packed_bytes
+    with pytest.raises(TargetError, match="large: expected a way of taking it whose memory there is, got none"):
+        measure(Workload.of((Large(False), torch.randn(8, 16, 32))), target="large", rounds=1)
 
 
 def test_a_step_that_fails_in_plain_autograd() -> None:

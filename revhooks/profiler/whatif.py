@@ -121,9 +121,11 @@ def measure(
     with torch.random.fork_rng(devices=_cuda_devices(model)), _gradients_of(model):
         for trial in trials:
             tell(f"measuring {trial.way.name} ...")
-            _attempt(trial, trials[0], target)
+            _attempt(trial, trials, target)
         _check_backward(trials[0].profile, target)
         worked = [trial for trial in trials if not trial.problem]
+        if not worked:
+            raise TargetError(explain(target or "the step", expected=_FITS, got="none", remedy=_SMALLER))
         tell("timing ...")
         times = _times([trial.step for trial in worked], seconds, rounds, cuda=any(p.is_cuda for p in model.parameters()))
         taken = dict(zip((id(trial) for trial in worked), times, strict=True))
@@ -133,17 +135,20 @@ def measure(
     return dataclasses.replace(shown.profile.record, kind="report", target=target, choices=tuple(choices))
 
 
-def _attempt(trial: Trial, plain: Trial, target: str) -> None:
+_FITS = "a way of taking it whose memory there is"
+_SMALLER = "a smaller batch; --fake --fit tells the largest that fits"
+
+
+def _attempt(trial: Trial, trials: Sequence[Trial], target: str) -> None:
     """Measure; a step that cannot be taken in this way is a problem of the way, unless none can."""
-    if plain.profile is not None:
-        trial.plain_bytes = plain.profile.record.choices[0].saved_bytes
+    trial.plain_bytes = next((one.profile.record.stats.packed_bytes for one in trials if one.profile is not None), 0)
     try:
         trial.measure(target)
     except torch.OutOfMemoryError:
         trial.problem, trial.profile = "out of memory", None
         torch.cuda.empty_cache()
     except Exception as error:
-        if trial is plain:
+        if trial is trials[0]:
             raise _does_not_run(trial, error) from error
         trial.problem, trial.profile = told(error), None
 

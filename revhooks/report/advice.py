@@ -33,8 +33,10 @@ def advice(record: Record) -> str:
         case "prediction":
             return _of_prediction(record)
     plain, current = record.choice("plain"), record.choice("reversible()")
-    if plain is None or plain.problem:
+    if plain is None:
         return "There is nothing to compare with: plain autograd was not measured."
+    if plain.problem:
+        return _without_plain(record, plain)
     if len(record.choices) == 1:
         return f"Nothing but plain autograd was measured: its peak is {_peak(plain)}."
     said = [_saved(plain, current)] if current is not None else []
@@ -47,6 +49,22 @@ def advice(record: Record) -> str:
     if rival is not None and rival is not between:
         said.append(f"{rival.name} alone would do as well: {_peak(rival)} for {_time(rival)}.")
     return " ".join(said) + (f"\nWrite: {best.code}" if best is not None and best.code else "")
+
+
+def _without_plain(record: Record, plain: Choice) -> str:
+    """What to take where plain autograd cannot take the step at all: the fastest way, and the one with the lowest peak."""
+    said = f"Plain autograd cannot take this step: {plain.problem.rstrip('.')}."
+    tried = _tried(record)
+    if not tried:
+        return f"{said} No other way that was tried can."
+    fast = min(tried, key=lambda choice: (choice.time_permille, choice.accounted_peak_bytes))
+    low = min(tried, key=lambda choice: (choice.accounted_peak_bytes, choice.time_permille))
+    said += f" {fast.name} takes it with a peak of {_peak(fast)}"
+    if _lowers(low, fast):
+        said += f"; {low.name} needs the least, {_peak(low)}, for {low.time_permille / fast.time_permille:.2f} of the time"
+    else:
+        low = fast
+    return f"{said}." + (f"\nWrite: {low.code}" if low.code else "")
 
 
 def suggestion(record: Record) -> Choice | None:

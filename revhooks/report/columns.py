@@ -61,8 +61,9 @@ def columns(record: Record) -> tuple[Column, ...]:
     if measured:
         shown.append(Column("peak,\nmeasured", lambda choice: choice.measured_peak_bytes, human_bytes))
     if record.kind != "prediction":
+        base = next((choice.name for choice in record.choices if not choice.problem), "plain")
         shown += [
-            Column("time /\nplain", lambda choice: choice.time_permille / 1000, "{:.2f}".format, plain_competes=False),
+            Column(f"time /\n{base}", lambda choice: choice.time_permille / 1000, "{:.2f}".format, plain_competes=False),
             Column("inversion\nerror", _unless_plain(lambda choice: choice.reconstruction_error), _error, plain_competes=False),
             Column("gradient\nerror", _unless_plain(lambda choice: choice.gradient_error), _error, plain_competes=False),
         ]

@@ -14,6 +14,7 @@ import revhooks
 from revhooks.errors import TargetError
 from revhooks.nn import AdditiveCoupling
 from revhooks.profiler.repeated import repeated_blocks, to_replay
+from revhooks.profiler.target import work_of
 from revhooks.profiler.ways import PLAIN, REVERSIBLE, ways_of
 from revhooks.profiler.whatif import SETTLE, Trial, measure, trials_of
 from revhooks.profiler.workload import StepFunction, Workload
@@ -170,6 +171,19 @@ def test_ways_for_which_there_is_no_memory() -> None:
     assert 0 < held["replay=Block"] < held["budget=50%, replay"] < record.stats.packed_bytes
     with pytest.raises(TargetError, match="large: expected a way of taking it whose memory there is, got none"):
         measure(Workload.of((Large(False), torch.randn(8, 16, 32))), target="large", rounds=1)
+
+
+def test_a_step_function_for_which_there_is_no_memory() -> None:
+    large, x = Large(True), torch.randn(8, 16, 32)
+
+    def step() -> None:
+        large(x).square().mean().backward()
+
+    work = work_of(step, "step")
+    assert isinstance(work, StepFunction)
+    record = measure(work, rounds=1)
+    assert record.choices[0].problem == "out of memory"
+    assert record.choices[1].saved_bytes
 
 
 def test_a_step_that_fails_in_plain_autograd() -> None:

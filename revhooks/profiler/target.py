@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..context import reversible
 from ..errors import TargetError, explain, told
 from .workload import StepFunction, Workload
 
@@ -75,7 +76,8 @@ def work_of(function: Callable[..., Any], spec: str, **keywords: Any) -> Workloa
     """
     _check_keywords(function, spec, keywords)
     try:
-        result = function(**keywords)
+        with reversible():  # a whole step may have no memory otherwise
+            result = function(**keywords)
     except TargetError:
         raise
     except Exception as error:

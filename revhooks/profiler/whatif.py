@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
+from ..context import reversible
 from ..errors import TargetError, explain, told
 from ..record import Choice, Record
 from ..runtime.policy.guard import relative_error
@@ -254,7 +255,8 @@ def _modules_called(work: StepFunction) -> nn.Module:
 
     hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
     try:
-        work.step()
+        with reversible():  # there may be no memory otherwise
+            work.step()
     except Exception as error:
         raise TargetError(
             explain(

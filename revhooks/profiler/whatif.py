@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Trial:
         self.plain_bytes = 0  # what plain autograd holds after forward
         self.profile: Profile | None = None
         self.problem = ""
-        self.gradients: list[Tensor | None] = []
+        self.gradient_error: float | None = None  # against those of the first way that worked
         self._work = work
         self.model = model
         if isinstance(work, Workload):
@@ -68,8 +68,12 @@ class Trial:
             self.step()
         with profile(self.model, name=name) as self.profile:
             self.step()
+
+    def gradients(self) -> Iterator[Tensor | None]:
+        """Those of the latest step, one by one, in host memory; none of a step function, which changes its parameters."""
         if isinstance(self._work, Workload):
-            self.gradients = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+            for parameter in self.model.parameters():
+                yield None if parameter.grad is None else parameter.grad.to("cpu", copy=True)
 
 
 def trials_of(work: Workload | StepFunction, *, quick: bool = False) -> list[Trial]:
@@ -120,9 +124,13 @@ def measure(
     trials = trials_of(work, quick=quick)
     model = trials[0].model
     with torch.random.fork_rng(devices=_cuda_devices(model)), _gradients_of(model):
+        expected: list[Tensor | None] | None = None
         for trial in trials:
             tell(f"measuring {trial.way.name} ...")
             _attempt(trial, trials, target)
+            if isinstance(work, Workload) and not trial.problem:
+                expected = list(trial.gradients()) if expected is None else expected
+                trial.gradient_error = _gradient_error(expected, trial.gradients())
         _check_backward(trials[0].profile, target)
         worked = [trial for trial in trials if not trial.problem]
         if not worked:
@@ -202,11 +210,11 @@ def _choice(trial: Trial, base: Trial, taken: dict[int, list[int]]) -> Choice:
         measured_peak_bytes=cuda_peak(trial.step) if found.how == "cuda allocator" else None,
         step_ns=round(statistics.median(mine)),
         time_permille=round(1000 * ratio),
-        gradient_error=_gradient_error(base.gradients, trial.gradients) if trial.gradients else None,
+        gradient_error=trial.gradient_error,
     )
 
 
-def _gradient_error(plain: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
+def _gradient_error(plain: Sequence[Tensor | None], other: Iterable[Tensor | None]) -> float:
     """The largest; of gradients that are zero but for rounding, as of a bias before BatchNorm, against the largest of all."""
     scale = max((float(a.abs().max()) for a in plain if a is not None and a.numel()), default=0.0)
     worst = 0.0

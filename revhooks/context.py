@@ -117,7 +117,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         hooks.__enter__()
         self._entered.setdefault(threading.get_ident(), []).append((hooks, ACTIVE.run))
         ACTIVE.run = run
-        for watcher in WATCHERS:
+        for watcher in tuple(WATCHERS):
             watcher.began(run)
         return run
 

@@ -37,7 +37,7 @@ class Watcher:
         """A reconstruction was compared with what had been there; its relative error."""
 
 
-WATCHERS: list[Watcher] = []  # whoever is told now, in any thread
+WATCHERS: list[Watcher] = []  # whoever is told now, in any thread; to be gone through as a copy, since another may change it
 
 
 @contextlib.contextmanager

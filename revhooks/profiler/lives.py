@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..backward import NO_PASS, current_pass
 from ..record import CATEGORIES, Slice, Timeline
 from ..storage import NO_STORAGE, is_opaque, own_storage_key
-from ..watching import WATCHERS, Watcher
+from ..watching import Watcher, watching
 from .meters import AccountedMeter
 
 __all__ = ["Life", "Lives"]
@@ -107,8 +107,7 @@ class Lives(AccountedMeter, Watcher):
                 self._left.callback(parameter.register_post_accumulate_grad_hook(self._note_gradient).remove)
         self._left.callback(register_optimizer_step_pre_hook(self._before_optimizer).remove)
         self._left.callback(register_optimizer_step_post_hook(self._after_optimizer).remove)
-        WATCHERS.append(self)
-        self._left.callback(WATCHERS.remove, self)
+        self._left.enter_context(watching(self))
         super().__enter__()
         return self
 

@@ -22,10 +22,9 @@ from .profile import Profile, profile
 from .ways import PLAIN, REVERSIBLE, Way, ways_of
 from .workload import StepFunction, Workload
 
-__all__ = ["QUICK", "SETTLE", "Trial", "measure", "trials_of"]
+__all__ = ["SETTLE", "Trial", "measure", "trials_of"]
 
 SETTLE = 5  # steps after which what is learned from the first calls of each block is known
-QUICK = 2  # ways of ``quick``: plain and ``reversible()``
 _LEAST, _MOST = 3, 9  # rounds
 _SEED = 1
 

@@ -97,7 +97,7 @@ class Run(Packing):
             self._newest = Newest(latest, self.ledger)
         if self._wholes is not None:
             self._wholes.learn(self)
-        for watcher in WATCHERS:
+        for watcher in tuple(WATCHERS):
             watcher.backward_began(self)
 
     @property
@@ -275,7 +275,7 @@ class Run(Packing):
         marks = self.rng.torch_marks(frame.device) if frame.draws else None
         generators = self.rng.torch_state(frame.device, marks) if frame.draws else None
         self.passes.rebuilding.append(frame)
-        told = [(watcher, frame.subject, frame.label) for watcher in WATCHERS]
+        told = [(watcher, frame.subject, frame.label) for watcher in tuple(WATCHERS)]
         for watcher, module, label in told:
             watcher.rebuild_began(module, label)
         try:

@@ -155,7 +155,7 @@ class Dropped(Source):
         tensor = at_version(self.bringer.tensor(self), self.version)
         self._stream = stream_of(tensor.device)
         self._hold(tensor)
-        for watcher in WATCHERS:
+        for watcher in tuple(WATCHERS):
             watcher.brought(tensor)
         if is_retained():
             self._shared.passes.purge_later(self, EVERYTHING)

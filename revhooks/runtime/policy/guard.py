@@ -379,7 +379,7 @@ class Guard:
     ) -> None:
         if error > self.worst:
             self.worst = WorstError(error, label())
-        for watcher in WATCHERS:
+        for watcher in tuple(WATCHERS):
             watcher.compared(label(), error)
         mild, gross = bounds
         if zeros and lost > 1 and self.mode != "measure":  # one may be by chance

@@ -1,8 +1,8 @@
 """The numbers of a run: dataclasses and JSON, standard library only.
 
 ``run.stats`` of a context is a `Stats`. A `Record` is what reports are made from: of a step taken in several ways (``revhooks
-report``), of steps as they were taken (`revhooks.profile`), of a script (``revhooks run``), or predicted on fake tensors. Bytes,
-counts and nanoseconds are integers; only relative errors are floats.
+report``), of steps as they were taken (`revhooks.profile`), of a script (``revhooks run``), or predicted. Bytes, counts and
+nanoseconds are integers; only relative errors are floats.
 """
 
 from __future__ import annotations
@@ -17,21 +17,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "CATEGORIES",
-    "SCHEMA_VERSION",
-    "Choice",
-    "Fit",
-    "Kept",
-    "ModuleRow",
-    "Record",
-    "RunStep",
-    "Slice",
-    "Stats",
-    "Timeline",
-    "WorstError",
-    "human_bytes",
-    "together",
-]
+    "CATEGORIES", "SCHEMA_VERSION", "Choice", "Fit", "Kept", "ModuleRow", "Record", "RunStep", "Slice", "Stats", "Timeline",
+    "WorstError", "human_bytes", "together",
+]  # fmt: skip
 
 SCHEMA_VERSION = 3
 CATEGORIES = ("parameters", "gradients", "optimizer", "held", "rebuilt", "temporary")
@@ -253,9 +241,9 @@ class Slice:
     """A stretch of time, for a trace.
 
     Attributes:
-        name: a module's path, or ``step``, ``backward``, ``optimizer``.
+        name: a module's path (``""`` is the model itself), a block's label, ``backward`` or ``optimizer``.
         kind: ``forward``, ``backward``, ``rebuild`` or ``optimizer``.
-        start_ns, stop_ns: since the first step began.
+        start_ns, stop_ns: since the measurement began.
     """
 
     name: str
@@ -372,20 +360,17 @@ class Record:
         Raises:
             ValueError: the file is no such record, or has another schema version.
         """
+        expected = "a record of revhooks"
         try:
             data = json.loads(Path(path).read_text())
-            version = data.get("schema_version")
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a record of revhooks, got no JSON ({error}). Remedy: write it again.") from None
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}: expected schema version {SCHEMA_VERSION}, got {version}. "
-                "Remedy: write the record again with this version of revhooks."
-            )
-        try:
-            return typing.cast(Record, _read(cls, data))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected a record of revhooks, got one without {error}. Remedy: write it again.") from None
+            if (version := data.get("schema_version")) == SCHEMA_VERSION:
+                return typing.cast(Record, _read(cls, data))
+            expected, got = f"schema version {SCHEMA_VERSION}", version
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            got = f"no JSON ({error})"
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            got = f"other JSON ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: expected {expected}, got {got}. Remedy: write it again with this version of revhooks.")
 
 
 def _read(kind: Any, data: Any) -> Any:

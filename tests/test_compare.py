@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from revhooks.cli import main
-from revhooks.record import Choice, Fit, ModuleRow, Record, RunStep, Stats, WorstError
+from revhooks.record import SCHEMA_VERSION, Choice, Fit, ModuleRow, Record, RunStep, Stats, WorstError
 from revhooks.report.compare import regressions, render, saved_percent
 
 pytestmark = pytest.mark.cpu(reason="records, of no device")
@@ -200,7 +200,16 @@ def test_a_record_without_such_figures(files: tuple[str, str], capsys: pytest.Ca
     assert "got plain, reversible(). Remedy: name one with --choice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "record of revhooks"), ("{}", "schema version")])
+FILES = [
+    (None, "no such file"),
+    ("{", "got no JSON"),
+    ("[]", "got other JSON"),
+    ("{}", "schema version"),
+    (f'{{"schema_version": {SCHEMA_VERSION}, "stats": []}}', "got other JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), FILES)
 def test_files_that_are_no_records(
     text: str | None, message: str, files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

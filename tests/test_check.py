@@ -392,6 +392,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 COMMANDS = [
     ("gpt", [], 0, "ok: Sequential under reversible(): gradients bitwise equal"),
     ("gpt", ["--replay", "Block"], 0, "ok: Sequential under reversible(replay=Block)"),
+    ("gpt", ["--replay", "{file}:Block"], 0, "ok: Sequential under reversible(replay=Block)"),
     ("gpt", ["--replay-blocks", "--guard", "raise"], 0, "reversible(replay=Block, guard='raise')"),
     ("gpt", ["--keep", "torch.nn:GELU", "--no-ops"], 0, "reversible(keep=GELU, ops=False)"),
     ("gpt", ["--budget", "1KiB", "--offload"], 0, "reversible(budget='1KiB', offload=True)"),
@@ -402,7 +403,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("name", "options", "code", "words"), COMMANDS)
 def test_the_command(name: str, options: list[str], code: int, words: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", f"{file}:{name}", *options]) == code
+    assert main(["check", f"{file}:{name}", *(option.replace("{file}", file) for option in options)]) == code
     captured = capsys.readouterr()
     assert words in " ".join(captured.out.split())
     assert captured.err == ""
@@ -410,6 +411,7 @@ def test_the_command(name: str, options: list[str], code: int, words: str, file:
 
 REFUSED = [
     ("gpt", ["--replay", "Nothing"], "got 'Nothing'; there are Sequential, Block, Linear, GELU"),
+    ("gpt", ["--replay", "other.py:Block"], "got 'other.py:Block'; there are Sequential, Block"),
     ("gpt", ["--replay", "torch.nn:Nothing"], "--replay torch.nn:Nothing"),
     ("gpt", ["--keep", "torch.nn:functional"], "expected a class, got a module"),
     ("revnet", ["--budget", "many"], "budget="),

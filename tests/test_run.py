@@ -343,7 +343,7 @@ def test_options_are_those_of_reversible(loop: Path) -> None:
         stats = Record.load(loop / "run.json").stats
         assert (stats.peak_held_bytes < stats.packed_bytes) == is_saved
     wrong = run(loop, "--budget", "much", "train.py")
-    assert wrong.returncode
+    assert wrong.returncode == 2
     assert "budget=" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     assert not wrong.stdout

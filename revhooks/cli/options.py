@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ..context import reversible
     from ..record import Record
 
-__all__ = ["add_context_options", "budget_of", "context_of", "has_context_options", "load_record"]
+__all__ = ["add_context_options", "context_of", "context_with", "has_context_options", "load_record"]
 
 
 def add_context_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guard", choices=("fallback", "raise", "off"), help="what a reconstruction that is off does")
 
 
-def budget_of(options: argparse.Namespace) -> float | str | None:
+def _budget(options: argparse.Namespace) -> float | str | None:
     """``--budget`` as ``reversible()`` takes it: a bare number is one."""
     text: str | None = options.budget
     try:
@@ -59,17 +60,32 @@ def context_of(options: argparse.Namespace, model: nn.Module, *, guard: str = "f
     Raises:
         TargetError: there is no such class, or an option has no such value.
     """
-    from ..context import reversible
-
     replay = [_class("--replay", name, model) for name in options.replay]
     if options.replay_blocks:
         replay += _repeated(model)
     keep = [_class("--keep", name, model) for name in options.keep]
+    return context_with(options, replay=tuple(replay), keep=tuple(keep), guard=guard)
+
+
+def context_with(options: argparse.Namespace, *, replay: Any, keep: Any, guard: str = "fallback") -> reversible:
+    """The context that the options ask for, with blocks that were found by then.
+
+    Args:
+        options: the parsed command line.
+        replay: as ``reversible()`` takes it.
+        keep: the same.
+        guard: where ``--guard`` was not given.
+
+    Raises:
+        TargetError: an option has no such value.
+    """
+    from ..context import reversible
+
     try:
         return reversible(
-            budget=budget_of(options),
-            replay=tuple(replay),
-            keep=tuple(keep),
+            budget=_budget(options),
+            replay=replay,
+            keep=keep,
             ops=not options.no_ops,
             offload=options.offload,
             guard=options.guard or guard,
@@ -81,13 +97,20 @@ def context_of(options: argparse.Namespace, model: nn.Module, *, guard: str = "f
 def _class(option: str, name: str, model: nn.Module) -> type:
     """The class of modules that an option names."""
     place, colon, path = name.rpartition(":")
-    if colon:
+    if colon and not place.endswith(".py"):
         return _imported(option, name, place, path)
     known: dict[str, type] = {type(module).__name__: type(module) for module in model.modules()}
-    if name in known:
-        return known[name]
+    found = known.get(path)
+    if found is not None and _is_from(found, place):
+        return found
     got = f"{name!r}; there are {', '.join(known)}"
     raise TargetError(explain(option, expected="a class of modules in the model", got=got, remedy="name one of these"))
+
+
+def _is_from(cls: type, file: str) -> bool:
+    """Whether a class was made in this file, which was a target's; any was where none is named."""
+    source = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return not file or (source is not None and os.path.abspath(source) == os.path.abspath(file))
 
 
 def _imported(option: str, name: str, place: str, path: str) -> type:
@@ -131,5 +154,8 @@ def load_record(path: str) -> Record:
     except FileNotFoundError:
         remedy = "write one with revhooks report --json, or revhooks run -o"
         raise TargetError(explain(path, expected="a record of revhooks", got="no such file", remedy=remedy)) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        got, remedy = error.strerror or told(error), "name a file that can be read"
+        raise TargetError(explain(path, expected="a record of revhooks", got=f"an error: {got}", remedy=remedy)) from error
+    except ValueError as error:
         raise TargetError(str(error)) from error

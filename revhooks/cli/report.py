@@ -92,10 +92,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise TargetError(explain(f"--{name}", expected="at least 1", got=str(value), remedy="pass a positive number"))
-    if (options.fit or options.vary) and not options.fake:
-        raise TargetError(explain("--fit", expected="--fake with it", got="none", remedy="add --fake: sizes are not tried"))
     if options.vary and not options.fit:
-        raise TargetError(explain("--vary", expected="--fit with it", got="none", remedy="add --fit SIZE"))
+        raise TargetError(explain("--vary", expected="--fit with it", got="none", remedy="add --fit SIZE, and --fake"))
+    if options.fit and not options.fake:
+        raise TargetError(explain("--fit", expected="--fake with it", got="none", remedy="add --fake: sizes are not tried"))
     if options.target.endswith(".json"):
         given = [name for name in ("fake", "set", "quick", "rounds") if getattr(options, name)]
         if given:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RevhooksError
-from .options import add_context_options, budget_of
+from .options import add_context_options, context_with
 
 if TYPE_CHECKING:
     from ..context import reversible
@@ -83,22 +83,12 @@ def run(options: argparse.Namespace) -> int | Callable[[], int]:
 
     replay, keep = Wanted(options.replay, blocks=options.replay_blocks), Wanted(options.keep)
     summary.replay, summary.keep = replay, keep
-    context = _context(options, replay, keep)
-    return lambda: _execute(script, context, summary)
-
-
-def _context(options: argparse.Namespace, replay: Wanted, keep: Wanted) -> reversible:
-    """``reversible()`` with these options."""
-    from ..context import reversible
-
-    return reversible(
-        budget=budget_of(options),
+    context = context_with(
+        options,
         replay=replay.means if options.replay or options.replay_blocks else (),
         keep=keep.means if options.keep else (),
-        ops=not options.no_ops,
-        offload=options.offload,
-        guard=options.guard or "fallback",
     )
+    return lambda: _execute(script, context, summary)
 
 
 def _execute(script: Script, context: reversible, summary: _Summary) -> int:

@@ -262,6 +262,41 @@ def test_nothing_is_left_behind(net: Net, x: Tensor) -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def test_nothing_is_left_behind_where_it_cannot_begin(net: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks = torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks
+    before = [len(found) for found in hooks]
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError("no hook here")
+
+    monkeypatch.setattr("revhooks.profiler.lives.register_optimizer_step_post_hook", refuse)
+    with pytest.raises(RuntimeError, match="no hook here"), revhooks.profile(net):
+        pass
+    with revhooks.reversible() as run:
+        with pytest.raises(RuntimeError, match="no hook here"), revhooks.profile(net):
+            pass
+        assert run.place is None
+    assert [len(found) for found in hooks] == before
+    assert not WATCHERS
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    monkeypatch.undo()
+    with revhooks.profile(net) as prof:
+        step(net, x)
+    assert prof.record.stats.packed_bytes
+
+
+def test_what_it_remembered_is_let_go_of(net: Net, x: Tensor) -> None:
+    with revhooks.profile(net) as prof:
+        with revhooks.reversible() as run:
+            step(net, x)
+        refs = weakref.ref(run), weakref.ref(prof._lives)
+        del run
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    assert prof.record.modules
+
+
 def test_it_reports_and_saves(net: Net, x: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with revhooks.profile(net, name="a net") as prof, revhooks.reversible(replay=Block):
         step(net, x)

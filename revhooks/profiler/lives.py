@@ -102,13 +102,15 @@ class Lives(AccountedMeter, Watcher):
         self._phases = [("forward", 0)]
         for parameter in self._parameters:
             self._see_before(parameter.grad, "gradients")
-        for parameter in self._parameters:
-            if parameter.requires_grad:
-                self._left.callback(parameter.register_post_accumulate_grad_hook(self._note_gradient).remove)
-        self._left.callback(register_optimizer_step_pre_hook(self._before_optimizer).remove)
-        self._left.callback(register_optimizer_step_post_hook(self._after_optimizer).remove)
-        self._left.enter_context(watching(self))
-        super().__enter__()
+        with contextlib.ExitStack() as entered:  # left at once where a hook cannot be registered
+            for parameter in self._parameters:
+                if parameter.requires_grad:
+                    entered.callback(parameter.register_post_accumulate_grad_hook(self._note_gradient).remove)
+            entered.callback(register_optimizer_step_pre_hook(self._before_optimizer).remove)
+            entered.callback(register_optimizer_step_post_hook(self._after_optimizer).remove)
+            entered.enter_context(watching(self))
+            super().__enter__()
+            self._left = entered.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -22,7 +23,7 @@ from ..record import Choice, Kept, ModuleRow, Record, Stats, together
 from ..registry import ACTIVE, lookup
 from ..saved import modified
 from ..storage import is_leaf, is_opaque, version_of
-from ..watching import WATCHERS, Watcher
+from ..watching import WATCHERS, Watcher, watching
 from .lives import Lives
 from .paths import Paths
 from .runs import PlainlySaved, Watched
@@ -141,36 +142,36 @@ class Profile(Watcher):
         self._moment = _Moment()
         self._rebuilt: dict[str, _Rebuilt] = {}
         self._errors: dict[str, float] = {}
-        self._plain: saved_tensors_hooks | None = None
-        if ACTIVE.run is None:  # of a run around it, our hooks would hide what is saved
-            self._plain = self._hooks()
-            self._plain.__enter__()
-        else:
-            self.began(ACTIVE.run)
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self._allocated = torch.cuda.memory_allocated() if self._cuda else 0
-        WATCHERS.append(self)
-        self._paths.__enter__()
         self._lives.backward_begins = self._look
-        self._lives.__enter__()
+        with contextlib.ExitStack() as entered:  # left at once where one of them cannot be entered
+            entered.callback(self._restore_places)
+            if ACTIVE.run is None:  # of a run around it, our hooks would hide what is saved
+                entered.enter_context(self._hooks())
+            else:
+                self.began(ACTIVE.run)
+            if self._cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            self._allocated = torch.cuda.memory_allocated() if self._cuda else 0
+            entered.enter_context(watching(self))
+            entered.enter_context(self._paths)
+            entered.enter_context(self._lives)
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End; nothing of it stays in the model."""
-        self._lives.__exit__(kind, error, trace)
-        self._paths.__exit__(kind, error, trace)
-        WATCHERS.remove(self)
-        if self._plain is not None:
-            self._plain.__exit__(kind, error, trace)
+        self._entered.__exit__(kind, error, trace)
         if not self._moment.packed:  # no backward pass yet
             self._look()
-        for one in self._runs:
-            one.run.place = one.place
         if self._cuda:
             torch.cuda.synchronize()
         self._made = self._make()
+        self._lives, self._runs, self._saved = Lives(), [], []  # what was remembered of each tensor
+
+    def _restore_places(self) -> None:
+        for one in self._runs:
+            one.run.place = one.place
 
     # -- what it is told
 
@@ -188,7 +189,7 @@ class Profile(Watcher):
             return saved
 
         def look_and_unpack(saved: PlainlySaved) -> Tensor:
-            if current_pass() != NO_PASS:
+            if self._made is None and current_pass() != NO_PASS:
                 self._lives.begin_backward()
             tensor: Tensor = unpack(saved.packed)
             if saved.version is not None and (now := version_of(tensor)) != saved.version:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks.errors import TargetError
 from revhooks.nn import AdditiveCoupling
+from revhooks.profiler.fresh import fresh_peak
 from revhooks.profiler.repeated import repeated_blocks, to_replay
 from revhooks.profiler.target import work_of
 from revhooks.profiler.ways import PLAIN, REVERSIBLE, ways_of
@@ -255,3 +257,15 @@ def test_a_way_belongs_to_no_model() -> None:
     assert (PLAIN.code_for(5), REVERSIBLE.code_for(5)) == ("", "with revhooks.reversible():")
     trial.step()
     assert all(p.grad is not None for p in job.model.parameters())
+
+
+def test_a_measured_peak_of_a_target_that_prints(tmp_path: Path) -> None:
+    path = tmp_path / "prints.py"
+    path.write_text(
+        "import atexit, torch\nfrom torch import nn\n\ndef build():\n    print('begun', end='')\n    atexit.register(print, 'over')\n"
+        "    return nn.Sequential(nn.Linear(64, 2048), nn.GELU()), torch.randn(2048, 64)\n"
+    )
+    peak = fresh_peak(f"{path}:build", "plain")
+    assert peak is not None
+    assert peak > 2048 * 2048 * 4
+    assert fresh_peak(f"{path}:build", "no such way") is None

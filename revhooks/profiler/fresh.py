@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ __all__ = ["fresh_peak"]
 
 # glibc gives freed memory back at once, so that the resident set follows what is in use
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_MARK = "peak of the resident set: "
 
 
 def fresh_peak(target: str, way: str, plain_bytes: int = 0, keywords: Mapping[str, Any] | None = None) -> int | None:
@@ -31,13 +31,12 @@ def fresh_peak(target: str, way: str, plain_bytes: int = 0, keywords: Mapping[st
     """
     command = [sys.executable, "-m", "revhooks.profiler.fresh", target, way, str(plain_bytes), repr(dict(keywords or {}))]
     done = subprocess.run(command, env={**os.environ, **_ALLOCATOR}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+    said = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]  # a target prints, too
+    return int(said[-1]) if said and not done.returncode else None
 
 
 def main() -> None:
-    """Take steps until they have settled, measure the next, print the peak as JSON."""
+    """Take steps until they have settled, measure the next, print the peak."""
     target, way, plain_bytes, keywords = sys.argv[1:]
     work = work_of(load_target(target), target, **ast.literal_eval(keywords))
     trial = next(trial for trial in trials_of(work) if trial.way.name == way)
@@ -46,7 +45,7 @@ def main() -> None:
         trial.step()
     with ResidentMeter() as meter:
         trial.step()
-    print(json.dumps({"peak_bytes": meter.peak}))
+    print(f"\n{_MARK}{meter.peak}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.checking import Drift
+from revhooks.checking.steps import is_equal
 from revhooks.cli import main
 from revhooks.errors import RegistrationError
 from revhooks.registry import ACTIVE
@@ -428,3 +429,14 @@ def test_the_command_refuses(name: str, options: list[str], words: str, file: st
     assert words in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_what_is_equal() -> None:
+    nan, inf, most = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    x = torch.tensor([1.0, nan, inf, -inf])
+    assert is_equal(x, x.clone())
+    assert is_equal(x + 0j, x + 0j)
+    assert not is_equal(x, torch.tensor([1.0, nan, most, -inf]))
+    assert not is_equal(x, torch.tensor([1.0, 0.0, inf, -inf]))
+    assert not is_equal(torch.tensor([1]), torch.tensor([2]))
+    assert not is_equal(x, x.double())

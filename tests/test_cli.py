@@ -272,6 +272,8 @@ OPTIONS = [
     (["--html", "/nowhere/x.html"], "expected a directory /nowhere, got none"),
     (["--fake", "--fit", "1GiB"], "integer argument"),
     (["--fake", "--optimizer", "none at all"], "adamw"),
+    (["--optimizer", "sgd"], "--optimizer: expected --fake with it"),
+    (["--vary", "batch"], "--vary: expected --fit with it"),
 ]
 
 

@@ -262,7 +262,8 @@ def test_a_way_belongs_to_no_model() -> None:
 def test_a_measured_peak_of_a_target_that_prints(tmp_path: Path) -> None:
     path = tmp_path / "prints.py"
     path.write_text(
-        "import atexit, torch\nfrom torch import nn\n\ndef build():\n    print('begun', end='')\n    atexit.register(print, 'over')\n"
+        "import atexit, torch\nfrom torch import nn\n\ndef build():\n    print('begun', end='')\n"
+        "    atexit.register(print, 'over')\n"
         "    return nn.Sequential(nn.Linear(64, 2048), nn.GELU()), torch.randn(2048, 64)\n"
     )
     peak = fresh_peak(f"{path}:build", "plain")

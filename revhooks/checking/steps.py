@@ -106,11 +106,9 @@ def is_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit by bit; not-a-numbers are."""
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
-    return torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(1.0), b.nan_to_num(1.0)) and _same_nans(a, b))
-
-
-def _same_nans(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.isnan(), b.isnan())
+    if torch.equal(a, b):
+        return True
+    return (a.is_floating_point() or a.is_complex()) and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
 
 
 def worst_gradient(got: Taken, expected: Taken) -> tuple[float, str]:

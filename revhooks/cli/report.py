@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--fake", action="store_true", help="predict on fake tensors: nothing is allocated")
     parser.add_argument("--fit", metavar="SIZE", help="with --fake: the largest model or batch for this memory, as 80GiB")
     parser.add_argument("--vary", metavar="KEYWORD", help="the target's argument that --fit varies")
-    parser.add_argument("--optimizer", default="adamw", metavar="NAME", help="whose state counts with --fake (default adamw)")
+    parser.add_argument("--optimizer", metavar="NAME", help="whose state counts with --fake (default adamw)")
     for kind, text in _FILES:
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write {text}")
     parser.add_argument("-f", "--force", action="store_true", help="overwrite files")
@@ -96,6 +96,9 @@ def _check(options: argparse.Namespace) -> None:
         raise TargetError(explain("--vary", expected="--fit with it", got="none", remedy="add --fit SIZE, and --fake"))
     if options.fit and not options.fake:
         raise TargetError(explain("--fit", expected="--fake with it", got="none", remedy="add --fake: sizes are not tried"))
+    if options.optimizer and not options.fake:
+        remedy = "add --fake: what is measured has its own"
+        raise TargetError(explain("--optimizer", expected="--fake with it", got="none", remedy=remedy))
     if options.target.endswith(".json"):
         given = [name for name in ("fake", "set", "quick", "rounds") if getattr(options, name)]
         if given:
@@ -138,7 +141,7 @@ def _predicted(options: argparse.Namespace, tell: Callable[[str], None]) -> Any:
 
     limit = _size(options.fit)
     build = functools.partial(load_target(options.target), **_keywords(options))
-    how: dict[str, Any] = {"target": options.target, "optimizer": options.optimizer, "tell": tell}
+    how: dict[str, Any] = {"target": options.target, "optimizer": options.optimizer or "adamw", "tell": tell}
     ways = [PLAIN, REVERSIBLE] if options.quick else None
     fits = fit(build, limit, keyword=options.vary, ways=ways, **how) if options.fit else ()
     record = predict(build, ways=ways, **how)

@@ -286,6 +286,11 @@ def test_options_that_say_nothing(options: list[str], message: str, targets: str
     assert captured.out == ""
 
 
+def test_demo_looks_where_it_is_to_write_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--json", str(tmp_path / "absent" / "x.json")]) == 2
+    assert "expected a directory" in capsys.readouterr().err
+
+
 def test_demo(tmp_path: Path) -> None:
     saved = tmp_path / "demo.json"
     small = ["--epochs", "1", "--blocks", "6", "--channels", "16", "--batch", "64"]

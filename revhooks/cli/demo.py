@@ -64,6 +64,10 @@ def run(options: argparse.Namespace) -> int:
                 remedy="pip install 'revhooks[demo]'",
             )
         ) from error
+    if options.json:
+        from ..report.files import refuse
+
+        refuse([options.json], force=True)
     _compare(options)
     return 0
 

@@ -23,7 +23,7 @@ from ..storage import NO_STORAGE, is_opaque, own_storage_key
 from ..watching import Watcher, watching
 from .meters import AccountedMeter
 
-__all__ = ["Life", "Lives"]
+__all__ = ["Life", "Lives", "bytes_of"]
 
 SAMPLES = 120  # of a timeline
 
@@ -87,7 +87,7 @@ class Lives(AccountedMeter, Watcher):
         self._ends: dict[int, int] = {}  # when each of both ended
         self._parameters = list(model.parameters()) if model is not None else []
         self._left = contextlib.ExitStack()
-        self.parameter_bytes = _sum_of(_fixed(model))
+        self.parameter_bytes = bytes_of(_fixed(model))
         self.rebuilds: list[Slice] = []
         self.stop_ns = 0
         self.backward_begins: Callable[[], None] = lambda: None
@@ -228,11 +228,11 @@ class Lives(AccountedMeter, Watcher):
 
     def optimizer_bytes(self) -> int:
         """What the state of the optimizers that took a step takes."""
-        return _sum_of(t for one in self._optimizers for state in one.state.values() for t in state.values())
+        return bytes_of(t for one in self._optimizers for state in one.state.values() for t in state.values())
 
     def gradient_bytes(self) -> int:
         """What parameters' gradients take."""
-        return _sum_of(parameter.grad for parameter in self._parameters)
+        return bytes_of(parameter.grad for parameter in self._parameters)
 
     def slices(self) -> list[Slice]:
         """Backward passes, steps of optimizers, and rebuilds."""
@@ -291,7 +291,7 @@ def _warm_up() -> None:
         torch.ones(1, device="cpu", requires_grad=True).exp().sum().backward()
 
 
-def _sum_of(tensors: Iterable[Any]) -> int:
+def bytes_of(tensors: Iterable[Any]) -> int:
     """Bytes of unique storages of what are tensors among these."""
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor) and not is_opaque(tensor)]
     return sum({own_storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in found}.values())

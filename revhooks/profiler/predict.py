@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import RevhooksError, TargetError, explain, told
 from ..record import Choice, Record
 from .hollow import Building, Hollow
+from .lives import bytes_of
 from .meters import AccountedMeter
 from .ways import PLAIN, REVERSIBLE, Way, ways_of
 from .whatif import Trial
@@ -87,7 +88,7 @@ def make(build: Build, keywords: Mapping[str, Any] | None = None, target: str = 
         gc.collect(1)  # what it has made and left in a circle
     work = Workload.of(result, target)
     made = {id(t): t for t in (*work.model.parameters(), *work.model.buffers())}
-    return Made(work, max(meter.live, _sum_of(made.values())), building.wanted)
+    return Made(work, max(meter.live, bytes_of(made.values())), building.wanted)
 
 
 def predict(
@@ -233,7 +234,7 @@ def optimizer_bytes(name: str, model: nn.Module) -> int:
             parameter.grad = torch.empty_like(parameter)
         optimizer = getattr(torch.optim, cls)(parameters, **options)
         optimizer.step()
-        return _sum_of(value for state in optimizer.state.values() for value in state.values())
+        return bytes_of(value for state in optimizer.state.values() for value in state.values())
     except ValueError as error:  # some take matrices only
         raise failed(f"optimizer {name!r}", error, "choose another one") from error
     finally:
@@ -246,12 +247,6 @@ def check_optimizer(name: str) -> None:
     if name != "none" and not (name in OPTIMIZERS and hasattr(torch.optim, OPTIMIZERS[name][0])):
         known = ", ".join(one for one, (cls, _) in OPTIMIZERS.items() if hasattr(torch.optim, cls))
         raise TargetError(explain("optimizer", expected=f"one of {known}, none", got=repr(name), remedy="pass one of these"))
-
-
-def _sum_of(tensors: Any) -> int:
-    """Bytes of the unique storages of what are tensors among these."""
-    found = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.layout is torch.strided]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}.values())
 
 
 def failed(subject: str, error: Exception, remedy: str) -> TargetError:

@@ -286,6 +286,18 @@ def test_options_that_say_nothing(options: list[str], message: str, targets: str
     assert captured.out == ""
 
 
+def test_an_argument_without_a_default_is_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "needs.py"
+    path.write_text("import torch\n\ndef build(batch):\n    return torch.nn.Linear(4, 4), torch.randn(batch, 4)\n")
+    for options in (["--rounds", "1"], ["--fake"]):
+        assert main(["report", f"{path}:build", "--set", "batch=4", "--quick", *options]) == 0
+        captured = capsys.readouterr()
+        assert "needs.py:build batch=4" in captured.out.replace("\n", "")
+        assert ("resident set" in captured.out) == ("--fake" not in options)
+    assert main(["report", f"{path}:build", "--quick"]) == 2
+    assert "got one that needs batch" in capsys.readouterr().err
+
+
 def test_demo_looks_where_it_is_to_write_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--json", str(tmp_path / "absent" / "x.json")]) == 2
     assert "expected a directory" in capsys.readouterr().err

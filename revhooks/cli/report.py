@@ -118,7 +118,7 @@ def _measured(options: argparse.Namespace, tell: Callable[[str], None]) -> Any:
     from ..profiler.whatif import measure
 
     keywords = _keywords(options)
-    work = work_of(load_target(options.target), options.target, **keywords)
+    work = work_of(load_target(options.target, keywords), options.target, **keywords)
     record = measure(work, target=_called(options), quick=options.quick, rounds=options.rounds, tell=tell)
     if options.no_fresh:
         return record
@@ -140,7 +140,8 @@ def _predicted(options: argparse.Namespace, tell: Callable[[str], None]) -> Any:
     from ..profiler.ways import PLAIN, REVERSIBLE
 
     limit = _size(options.fit)
-    build = functools.partial(load_target(options.target), **_keywords(options))
+    keywords = _keywords(options)
+    build = functools.partial(load_target(options.target, keywords), **keywords)
     how: dict[str, Any] = {"target": options.target, "optimizer": options.optimizer or "adamw", "tell": tell}
     ways = [PLAIN, REVERSIBLE] if options.quick else None
     fits = fit(build, limit, keyword=options.vary, ways=ways, **how) if options.fit else ()

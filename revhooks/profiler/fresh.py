@@ -37,8 +37,9 @@ def fresh_peak(target: str, way: str, plain_bytes: int = 0, keywords: Mapping[st
 
 def main() -> None:
     """Take steps until they have settled, measure the next, print the peak."""
-    target, way, plain_bytes, keywords = sys.argv[1:]
-    work = work_of(load_target(target), target, **ast.literal_eval(keywords))
+    target, way, plain_bytes, given = sys.argv[1:]
+    keywords = ast.literal_eval(given)
+    work = work_of(load_target(target, keywords), target, **keywords)
     trial = next(trial for trial in trials_of(work) if trial.way.name == way)
     trial.plain_bytes = int(plain_bytes)
     for _ in range(SETTLE):

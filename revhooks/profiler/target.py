@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import numbers
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,12 @@ def load(spec: str) -> Workload | StepFunction:
     return work_of(load_target(spec), spec)
 
 
-def load_target(spec: str) -> Callable[..., Any]:
-    """The function that ``spec`` names. It can be called without arguments; it may have keywords with defaults.
+def load_target(spec: str, given: Collection[str] = ()) -> Callable[..., Any]:
+    """The function that ``spec`` names. It can be called with the arguments that are given; others have defaults.
+
+    Args:
+        spec: ``module:callable`` or ``file.py:callable``.
+        given: the names of the arguments that it will be called with.
 
     Raises:
         TargetError: there is no such file, module or function.
@@ -64,7 +68,7 @@ def load_target(spec: str) -> Callable[..., Any]:
             f"{there}; it has {', '.join(own) or 'no functions'}",
             "name one of its functions",
         )
-    _check_callable(spec, found)
+    _check_callable(spec, found, given=given)
     return found  # type: ignore[no-any-return]
 
 
@@ -115,7 +119,7 @@ def _is_step_result(result: Any) -> bool:
     return result is None or (isinstance(result, numbers.Real) and not isinstance(result, numbers.Integral))
 
 
-def _check_callable(spec: str, found: Any, which: str = "") -> None:
+def _check_callable(spec: str, found: Any, which: str = "", given: Collection[str] = ()) -> None:
     """Refuse what is callable, but cannot be called with nothing to give one of the results of `load`."""
     wanted = f"{which}a function without arguments that returns (model, inputs), or takes a training step"
     write = "write a function around it: def target(): return model, inputs"
@@ -130,7 +134,8 @@ def _check_callable(spec: str, found: Any, which: str = "") -> None:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):  # of some functions in C
         return
-    if needed := [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed := [name for name in needed if name not in given]:
         raise _error(spec, wanted, f"one that needs {', '.join(needed)}", "give them defaults, or write a function around it")
 
 

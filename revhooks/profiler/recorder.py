@@ -181,7 +181,7 @@ class Recorder(Watcher):
         over = self._over
         for inner in self._inner:
             over = together(over, inner.stats)
-        return dataclasses.replace(together(_read(self._run), over, operator.add), held_bytes=self._held, kept=self._kept)
+        return dataclasses.replace(together(self._run.so_far, over, operator.add), held_bytes=self._held, kept=self._kept)
 
     def status(self) -> str:
         """A line of it: at most how much was held, and how much less than plain autograd would have."""
@@ -221,21 +221,6 @@ class Recorder(Watcher):
             if run is None:
                 self._over = together(self._over, inner.stats)
             else:
-                inner.stats, inner.is_read, inner.held = _read(run), True, None if inner.is_read else run
+                inner.stats, inner.is_read, inner.held = run.so_far, True, None if inner.is_read else run
                 left.append(inner)
         self._inner = left
-
-
-def _read(run: Run) -> Stats:
-    """What a run did, as far as that is known without waiting."""
-    ledger = run.ledger
-    return Stats(
-        packed_bytes=ledger.peak_packed,
-        peak_held_bytes=ledger.peak_held,
-        frames=run.ordinal,
-        inversions=run.inversions.count,
-        replays=run.replays.count,
-        second_evaluations=run.second_evaluations,
-        peak_offloaded_bytes=ledger.peak_offloaded,
-        worst_error=run.guard.worst,
-    )

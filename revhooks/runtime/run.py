@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -328,20 +329,22 @@ class Run(Packing):
             RevhooksError: a device tells now that something in an earlier step was not what it was.
         """
         self.guard.land(wait=True)
+        held = self.ledger.all_held  # which may be the most
+        return dataclasses.replace(self.so_far, held_bytes=held, offloaded_bytes=self.ledger.offloaded, kept=tuple(self.kept()))
+
+    @property
+    def so_far(self) -> Stats:
+        """What the run did, as far as that is known without waiting for a device; not what it holds."""
         ledger = self.ledger
-        held = ledger.all_held
         return Stats(
             packed_bytes=ledger.peak_packed,
-            held_bytes=held,
             peak_held_bytes=ledger.peak_held,
             frames=self._count,
             inversions=self.inversions.count,
             replays=self.replays.count,
             second_evaluations=self.second_evaluations,
-            offloaded_bytes=ledger.offloaded,
             peak_offloaded_bytes=ledger.peak_offloaded,
             worst_error=self.guard.worst,
-            kept=tuple(self.kept()),
         )
 
     def kept(self) -> list[Kept]:

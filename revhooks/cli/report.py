@@ -137,13 +137,13 @@ def _predicted(options: argparse.Namespace, tell: Callable[[str], None]) -> Any:
     from ..profiler.fitting import fit
     from ..profiler.predict import predict
     from ..profiler.target import load_target
-    from ..profiler.ways import PLAIN, REVERSIBLE
+    from ..profiler.ways import QUICK
 
     limit = _size(options.fit)
     keywords = _keywords(options)
     build = functools.partial(load_target(options.target, keywords), **keywords)
     how: dict[str, Any] = {"target": options.target, "optimizer": options.optimizer or "adamw", "tell": tell}
-    ways = [PLAIN, REVERSIBLE] if options.quick else None
+    ways = QUICK if options.quick else None
     fits = fit(build, limit, keyword=options.vary, ways=ways, **how) if options.fit else ()
     record = predict(build, ways=ways, **how)
     return dataclasses.replace(record, target=_called(options), fits=fits)

@@ -21,11 +21,11 @@ from ..record import Choice, Record
 from .hollow import Building, Hollow
 from .lives import bytes_of
 from .meters import AccountedMeter
-from .ways import PLAIN, REVERSIBLE, Way, ways_of
+from .ways import PLAIN, QUICK, REVERSIBLE, Way, ways_of
 from .whatif import Trial
 from .workload import Workload
 
-__all__ = ["OPTIMIZERS", "Build", "Made", "Steps", "check_optimizer", "failed", "make", "optimizer_bytes", "predict"]
+__all__ = ["OPTIMIZERS", "Build", "Made", "Steps", "Tell", "check_optimizer", "failed", "make", "optimizer_bytes", "predict"]
 
 Build = Callable[..., Any]
 Tell = Callable[[str], None]
@@ -133,7 +133,7 @@ def predict(
         tell("making the model ...")
         made = make(build, keywords, target)
         if ways is None:
-            ways = [PLAIN, REVERSIBLE] if quick else ways_of(made.work.model)
+            ways = QUICK if quick else ways_of(made.work.model)
         steps = Steps(made, target)
         choices = []
         for way in ways:

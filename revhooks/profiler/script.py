@@ -77,12 +77,13 @@ class Script:
             return run_module, ((self.name, True) if self.is_module else ("__main__", False))
         path, main = os.path.abspath(self.name), vars(sys.modules["__main__"])
         main.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
-        return exec, (self._code(path), main)
+        return exec, (_compiled(self._content, path), main)
 
-    def _code(self, path: str) -> CodeType:
-        assert self._content is not None
-        compiled: CodeType | None = pkgutil.read_code(io.BytesIO(self._content))  # a .pyc
-        return compiled or compile(self._content, path, "exec", dont_inherit=True)
+
+def _compiled(content: bytes, path: str) -> CodeType:
+    """What a file holds, compiled already or not."""
+    compiled: CodeType | None = pkgutil.read_code(io.BytesIO(content))  # a .pyc
+    return compiled or compile(content, path, "exec", dont_inherit=True)
 
 
 def _begin(start: Callable[[], tuple[Callable[..., object], tuple[object, ...]]]) -> None:

@@ -15,7 +15,7 @@ from ..context import reversible
 from ..registry import lookup
 from .repeated import repeated_blocks
 
-__all__ = ["BUDGETS", "PLAIN", "REVERSIBLE", "Way", "ways_of"]
+__all__ = ["BUDGETS", "PLAIN", "QUICK", "REVERSIBLE", "Way", "ways_of"]
 
 BUDGETS = (0.5, 0.25)  # of what plain autograd holds
 _CLASSES = 3  # so many of the repeated classes are tried
@@ -92,6 +92,7 @@ def _code(**options: object) -> str:
 
 PLAIN = Way("plain", reverse=False)
 REVERSIBLE = Way("reversible()", _code())
+QUICK = (PLAIN, REVERSIBLE)
 
 
 def ways_of(model: nn.Module, *, budgets: Sequence[float] = BUDGETS, offload: bool = False) -> list[Way]:
@@ -109,7 +110,7 @@ def ways_of(model: nn.Module, *, budgets: Sequence[float] = BUDGETS, offload: bo
     """
     found = [one.cls for one in repeated_blocks(model)[:_CLASSES]]
     replayed = [cls for cls in found if lookup(cls) is None]  # the others are inverted
-    ways = [PLAIN, REVERSIBLE]
+    ways = [*QUICK]
     ways += [Way(f"replay={cls.__name__}", _code(replay=cls.__name__), replay=cls) for cls in replayed]
     for share in budgets:
         if replayed:

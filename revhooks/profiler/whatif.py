@@ -19,7 +19,7 @@ from ..record import Choice, Record
 from ..runtime.policy.guard import relative_error
 from .meters import alternate, cuda_peak
 from .profile import Profile, profile
-from .ways import PLAIN, REVERSIBLE, Way, ways_of
+from .ways import QUICK, Way, ways_of
 from .workload import StepFunction, Workload
 
 __all__ = ["SETTLE", "Trial", "measure", "trials_of"]
@@ -84,7 +84,7 @@ def trials_of(work: Workload | StepFunction, *, quick: bool = False) -> list[Tri
     """
     model = work.model if isinstance(work, Workload) else _modules_called(work)
     cuda = any(p.is_cuda for p in model.parameters())
-    ways: Sequence[Way] = [PLAIN, REVERSIBLE] if quick else ways_of(model, offload=cuda)
+    ways: Sequence[Way] = QUICK if quick else ways_of(model, offload=cuda)
     return [Trial(way, work, model) for way in ways]
 
 
@@ -130,7 +130,6 @@ def measure(
             if isinstance(work, Workload) and not trial.problem:
                 expected = list(trial.gradients()) if expected is None else expected
                 trial.gradient_error = _gradient_error(expected, trial.gradients())
-        _check_backward(trials[0].profile, target)
         worked = [trial for trial in trials if not trial.problem]
         if not worked:
             raise TargetError(explain(target or "the step", expected=_FITS, got="none", remedy=_SMALLER))
@@ -138,9 +137,8 @@ def measure(
         times = _times([trial.step for trial in worked], seconds, rounds, cuda=any(p.is_cuda for p in model.parameters()))
         taken = dict(zip((id(trial) for trial in worked), times, strict=True))
         choices = [_choice(trial, worked[0], taken) for trial in trials]
-    shown = trials[1] if trials[1].profile is not None else worked[0]
-    assert shown.profile is not None  # it worked
-    return dataclasses.replace(shown.profile.record, kind="report", target=target, choices=tuple(choices))
+    shown = next(one.profile for one in (trials[1], *worked) if one.profile is not None)
+    return dataclasses.replace(shown.record, kind="report", target=target, choices=tuple(choices))
 
 
 _FITS = "a way of taking it whose memory there is"
@@ -159,6 +157,8 @@ def _attempt(trial: Trial, trials: Sequence[Trial], target: str) -> None:
         if trial is trials[0]:
             raise _does_not_run(trial, error) from error
         trial.problem, trial.profile = told(error), None
+    if trial is trials[0]:
+        _check_backward(trial.profile, target)
 
 
 def _check_backward(plain: Profile | None, target: str) -> None:
@@ -265,27 +265,18 @@ def _modules_called(work: StepFunction) -> nn.Module:
         with reversible():  # there may be no memory otherwise
             work.step()
     except Exception as error:
-        raise TargetError(
-            explain(
-                work.name,
-                expected="a training step that can be taken again and again",
-                got=told(error),
-                remedy="return (model, inputs) or (model, inputs, loss), or take a step in each call",
-            )
-        ) from error
+        raise _no_step(work, "a training step that can be taken again and again", told(error)) from error
     finally:
         for hook in hooks:
             hook.remove()
     if not found:
-        raise TargetError(
-            explain(
-                work.name,
-                expected="a training step that calls a module with parameters",
-                got="one that calls none",
-                remedy="return (model, inputs) or (model, inputs, loss), or take a step in each call",
-            )
-        )
+        raise _no_step(work, "a training step that calls a module with parameters", "one that calls none")
     return next(iter(found)) if len(found) == 1 else nn.ModuleList(found)
+
+
+def _no_step(work: StepFunction, expected: str, got: str) -> TargetError:
+    remedy = "return (model, inputs) or (model, inputs, loss), or take a step in each call"
+    return TargetError(explain(work.name, expected=expected, got=got, remedy=remedy))
 
 
 class _gradients_of:  # noqa: N801 - used as a function

@@ -23,6 +23,9 @@ DEVICE ?= cuda
 	@# Trainers, for revhooks.integrations. Without dependencies, but what they import: Lightning asks for a second one of itself.
 	$(BIN)/python -m pip install --quiet --no-deps lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0 \
 		accelerate==1.12.0 psutil packaging fsspec typing-extensions
+	@# Flow libraries and GroupAddRev, for revhooks.adapters. Without dependencies: none may bring another torch or torchvision.
+	$(BIN)/python -m pip install --quiet --no-deps FrEIA==0.2 normflows==1.7.3 nflows==0.14 zuko==1.6.0 \
+		torch-geometric==2.8.1 xxhash
 	@touch $@
 
 demo: .venv/.installed
@@ -56,6 +59,8 @@ bench: .venv/.installed
 	$(BIN)/python bench/drift.py
 	$(BIN)/python bench/cifar_table.py
 	$(BIN)/python bench/iresnet_table.py
+	$(BIN)/python bench/flows.py
+	$(BIN)/python bench/flows_own.py
 	$(BIN)/python bench/picture.py
 	$(BIN)/python bench/figures.py
 

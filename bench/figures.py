@@ -92,6 +92,14 @@ def _replayed() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in named(results("ordinary")["replay"], "GPT")["contenders"]}
 
 
+_GLOW = "Glow of normflows, 48 blocks, 32 images of 32x32"
+
+
+def _glow() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = named(results("flows")["flows"], "normflows Glow, L=3, K=16")["rows"]
+    return found
+
+
 def gives() -> str:
     """The peak of a step over that of plain autograd."""
     rows: list[list[Cell]] = []
@@ -131,6 +139,9 @@ def gives() -> str:
         if key == "GPT, 6 layers":
             extra = [share(_replayed()[c]["peak_bytes"], plain) for c in ("replay", "checkpoint")]
         rows.append(["CPU", name, size(plain), f"**{share(row['peak_bytes'], plain)}**", *extra])
+    glow = _glow()
+    plain, kept, ours = (contender(glow, name)["peak"] for name in ("plain", "inputs kept", "reversible"))
+    rows.append(["CPU", _GLOW, size(plain), f"**{share(ours, plain)}**", share(kept, plain), None])
     head = (
         "",
         "peak of a step over plain autograd's",
@@ -157,6 +168,8 @@ def costs() -> str:
         if key == "GPT, 6 layers":
             extra = [_replayed()[c]["time_over_plain"] for c in ("replay", "checkpoint")]
         rows.append(["CPU", name, None, row["time_over_plain"], *extra, None])
+    kept, ours = (contender(_glow(), name)["time"] for name in ("inputs kept", "reversible"))
+    rows.append(["CPU", _GLOW, None, ours, kept, None, None])
     head = (
         "",
         "step time over plain autograd's",
@@ -355,6 +368,56 @@ def semantics() -> str:
     )
 
 
+def flows() -> str:
+    """What flow libraries' models hold, and take."""
+    got = results("flows")
+    rows: list[list[Cell]] = []
+    for model in got["flows"]:
+        plain = contender(model["rows"], "plain")
+        rows += [
+            [
+                model["name"] if one is plain else "",
+                one["contender"],
+                f"{one['held'] / MIB:.1f} MiB",
+                f"{one['peak'] / MIB:.1f} MiB",
+                f"1/{plain['peak'] / one['peak']:.1f}",
+                one["evaluations"],
+                one["time"],
+                "yes" if one["gradients"] == 0 else f"to {one['gradients']:.0e}",
+            ]
+            for one in model["rows"]
+        ]
+    head = ("", "", "held", "peak", "over plain's", "evaluations", "step time / plain", "gradients equal")
+    sides = got["pictures"]
+    said = paragraph(
+        f"The largest picture that a step of a Glow of normflows (L=3, K=16, one picture) has room for in 16 GiB, predicted by "
+        f"`revhooks report --fake --fit`: {sides['plain']} x {sides['plain']} plain, {sides['reversible()']} x "
+        f"{sides['reversible()']} under `reversible()`. torch {got['torch']}, {got['threads']} threads."
+    )
+    return table(head, rows) + "\n" + said
+
+
+def flows_own() -> str:
+    """Our own flows beside those of zuko and normflows."""
+    got = results("flows_own")
+    rows: list[list[Cell]] = []
+    for row in got["rows"]:
+        told = row.get("log_likelihood")
+        first = row["contender"] == "revhooks"
+        rows.append(
+            [
+                row["data"] if first else "",
+                row["kind"] if first else "",
+                row["contender"],
+                f"{row['parameters']:,}" if "parameters" in row else None,
+                told if told is None else float(told),
+                float(row["over_zuko"]),
+            ]
+        )
+    head = ("", "", "", "parameters", "log-likelihood of held-out data", "step time / zuko's")
+    return table(head, rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -372,6 +435,8 @@ FIGURES: dict[str, Callable[[], str]] = {
         cuda,
         offload,
         semantics,
+        flows,
+        flows_own,
     )
 }
 

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "reversible": ".context",
     "checkpoint": ".context",
+    "log_det": ".volume",
     "register": ".registry",
     "unregister": ".registry",
     "registered": ".registry",
@@ -18,15 +19,17 @@ _HOME = {
     "CheckResult": ".checking",
     "profile": ".profiler.profile",
 }
-_SUBMODULES = ("errors", "functional", "nn", "record", "solvers")
+_SUBMODULES = ("errors", "flows", "functional", "nn", "record", "solvers")
 
 __all__ = [
     "CheckResult",
     "check",
     "checkpoint",
     "errors",
+    "flows",
     "functional",
     "invertible",
+    "log_det",
     "nn",
     "profile",
     "record",
@@ -38,11 +41,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from . import errors, functional, nn, record, solvers
+    from . import errors, flows, functional, nn, record, solvers
     from .checking import CheckResult, check
     from .context import checkpoint, reversible
     from .profiler.profile import profile
     from .registry import invertible, register, registered, unregister
+    from .volume import log_det
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import nn as _layers  # noqa: F401 - registers the package's own layers
 from . import private  # noqa: F401 - refuses a torch that lacks what the runtime imports
+from .adapters import adapt
 from .errors import RegistrationError, explain
 from .registry import ACTIVE
 from .runtime.frames.replay import Region
@@ -52,6 +53,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
             nothing.
         guard: what a reconstruction that is off does: ``"fallback"`` (mild: the block is kept from the next step on,
             one warning; gross: raise), ``"raise"`` (both raise), ``"off"`` (nothing is checked).
+        adapters: invert or replay the blocks of flow libraries and of other reversible ones that `revhooks.adapters` knows;
+            they are told apart when the context is entered, of libraries that are imported by then.
 
     Returns:
         On entering a context, the run; ``run.stats`` is a `revhooks.record.Stats`.
@@ -79,6 +82,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         ops: bool = True,
         offload: bool = False,
         guard: str = "fallback",
+        adapters: bool = True,
     ) -> None:
         if guard not in _GUARDS:
             raise RegistrationError(
@@ -89,6 +93,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
         self._replay = predicate(replay, "replay") if replay else None
         self._ops = ops
         self._offload = offload
+        self._adapters = adapters
         self._budget = budget
         parse_bytes(budget)
         self._spec = replay
@@ -103,6 +108,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     def __enter__(self) -> Run:
         """Start a run; it is a scope of its own."""
         limit = parse_bytes(self._budget)
+        if self._adapters:
+            adapt()
         run = Run(
             guard=self._guard,
             keep=self._keep,
@@ -112,6 +119,7 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
             ops=self._ops,
             budget=limit,
             offload=self._offload,
+            adapters=self._adapters,
         )
         hooks = saved_tensors_hooks(run.pack, run.unpack)
         hooks.__enter__()
@@ -151,7 +159,8 @@ class reversible:  # noqa: N801 - used as a function, like torch.no_grad
     def options(self) -> dict[str, Any]:
         """What it was made with, by keyword."""
         kept = {"replay": self._spec, "keep": self._keep_spec}
-        return {**kept, "budget": self._budget, "ops": self._ops, "offload": self._offload, "guard": self._guard}
+        rest = {"ops": self._ops, "offload": self._offload, "guard": self._guard, "adapters": self._adapters}
+        return {**kept, "budget": self._budget, **rest}
 
 
 def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -191,7 +200,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any, inverse: Callable[..., Any] |
     if not isinstance(run, Run):
         run = _AMBIENT.run
     region = Region(fn, (args, kwargs))
-    if inverse is None:
+    if inverse is None or ACTIVE.volume is not None:  # log-dets of blocks inside are part of what is run again
         return run.replay(region, args, kwargs)
     return run.invert(region, inverse, args, kwargs)
 
@@ -200,7 +209,7 @@ class _Ambient(threading.local):
     """What `checkpoint` uses outside of ``reversible()``: a run for each thread, so that its calls make chains."""
 
     def __init__(self) -> None:
-        self.run = Run()
+        self.run = Run(adapters=False)  # nothing brackets its calls
 
 
 _AMBIENT = _Ambient()

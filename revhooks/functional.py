@@ -11,6 +11,8 @@ References:
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .errors import ShapeError, explain
+from .splines import rational_quadratic_spline
 from .tracing import apply
 
 __all__ = [
@@ -28,12 +31,17 @@ __all__ = [
     "additive",
     "additive_inverse",
     "affine_law",
+    "elementwise_law",
     "grid_law",
     "grid_limit",
     "round_to_grid",
+    "spline_law",
     "sum_per_sample",
     "wide",
 ]
+
+
+_Both = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Law(NamedTuple):
@@ -45,6 +53,8 @@ class Law(NamedTuple):
         saves: whether the ops of ``forward`` save tensors for backward.
         log_det: ``log|det dy/dx|`` of each sample from ``(x, u)``, of shape ``(B,)``; ``None`` where it is not known.
         grid_bits: streams lie on multiples of ``2**-grid_bits``, and the inverse is exact there; ``None`` for no grid.
+        call_and_ladj: of a law that treats each element by itself: ``forward``, and ``log|dy/dx|`` of every element, ``(*)``.
+        inverse_and_ladj: the same of the inverse, ``log|dx/dy|``.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
@@ -52,6 +62,8 @@ class Law(NamedTuple):
     saves: bool = True
     log_det: Callable[[Tensor, Tensor], Tensor] | None = None
     grid_bits: int | None = None
+    call_and_ladj: _Both | None = None
+    inverse_and_ladj: _Both | None = None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +111,22 @@ def _keeps_volume(x: Tensor, _: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0], dtype=wide(x.dtype))
 
 
-ADDITIVE = Law(additive, additive_inverse, saves=False, log_det=_keeps_volume)
+def _additive_and_ladj(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return x + u, x.new_zeros((), dtype=wide(x.dtype)).expand(x.shape)
+
+
+def _additive_inverse_and_ladj(y: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return y - u, y.new_zeros((), dtype=wide(y.dtype)).expand(y.shape)
+
+
+ADDITIVE = Law(
+    additive,
+    additive_inverse,
+    saves=False,
+    log_det=_keeps_volume,
+    call_and_ladj=_additive_and_ladj,
+    inverse_and_ladj=_additive_inverse_and_ladj,
+)
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     # log-scales to positive factors; the inverse divides by the same factor
@@ -135,33 +162,116 @@ def affine_law(scale: str = "tanh", dim: int = 1) -> Law:
     if scale not in SCALES:
         known = ", ".join(map(repr, SCALES))
         raise ShapeError(explain("scale", expected=f"one of {known}", got=repr(scale), remedy="pick one of these"))
-    factor = SCALES[scale]
+    return Law(
+        functools.partial(_affine, scale=scale, dim=dim),
+        functools.partial(_affine_inverse, scale=scale, dim=dim),
+        log_det=functools.partial(_affine_log_det, scale=scale, dim=dim),
+        call_and_ladj=functools.partial(_affine_and_ladj, scale=scale, dim=dim),
+        inverse_and_ladj=functools.partial(_affine_inverse_and_ladj, scale=scale, dim=dim),
+    )
 
-    def halves(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        if u.dim() != x.dim() or u.shape[dim] != 2 * x.shape[dim]:
-            raise ShapeError(
-                explain(
-                    "affine coupling",
-                    expected=f"a branch output of size {2 * x.shape[dim]} along dim {dim}: log-scales, then shifts",
-                    got=f"shape {tuple(u.shape)}",
-                    remedy="let the branch return twice as many channels as the stream it changes",
-                )
+
+def _affine(x: Tensor, u: Tensor, *, scale: str, dim: int) -> Tensor:
+    raw, shift = _halves(x, u, dim)
+    return x * SCALES[scale](raw) + shift
+
+
+def _affine_inverse(y: Tensor, u: Tensor, *, scale: str, dim: int) -> Tensor:
+    raw, shift = _halves(y, u, dim)
+    return (y - shift) / SCALES[scale](raw)
+
+
+def _affine_and_ladj(x: Tensor, u: Tensor, *, scale: str, dim: int) -> tuple[Tensor, Tensor]:
+    return _affine(x, u, scale=scale, dim=dim), _LOG_SCALES[scale](_halves(x, u, dim)[0])
+
+
+def _affine_inverse_and_ladj(y: Tensor, u: Tensor, *, scale: str, dim: int) -> tuple[Tensor, Tensor]:
+    return _affine_inverse(y, u, scale=scale, dim=dim), -_LOG_SCALES[scale](_halves(y, u, dim)[0])
+
+
+def _affine_log_det(x: Tensor, u: Tensor, *, scale: str, dim: int) -> Tensor:
+    return sum_per_sample(_LOG_SCALES[scale](_halves(x, u, dim)[0]))
+
+
+def _halves(x: Tensor, u: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    if u.dim() != x.dim() or u.shape[dim] != 2 * x.shape[dim]:
+        raise ShapeError(
+            explain(
+                "affine coupling",
+                expected=f"a branch output of size {2 * x.shape[dim]} along dim {dim}: log-scales, then shifts",
+                got=f"shape {tuple(u.shape)}",
+                remedy="let the branch return twice as many channels as the stream it changes",
             )
-        raw, shift = u.chunk(2, dim)
-        return raw, shift
+        )
+    raw, shift = u.chunk(2, dim)
+    return raw, shift
 
-    def forward(x: Tensor, u: Tensor) -> Tensor:
-        raw, shift = halves(x, u)
-        return x * factor(raw) + shift
 
-    def inverse(y: Tensor, u: Tensor) -> Tensor:
-        raw, shift = halves(y, u)
-        return (y - shift) / factor(raw)
+# -- splines
 
-    def log_det(x: Tensor, u: Tensor) -> Tensor:
-        return sum_per_sample(_LOG_SCALES[scale](halves(x, u)[0]))
 
-    return Law(forward, inverse, log_det=log_det)
+def spline_law(bins: int = 8, bound: float = 5.0, dim: int = 1) -> Law:
+    """A monotonic rational-quadratic spline on ``[-bound, bound]``, and the identity outside.
+
+    Args:
+        bins: how many pieces the spline has.
+        bound: where the spline ends; its slope is 1 there, as it is outside.
+        dim: the dimension along which ``u`` carries the parameters, ``3 * bins - 1`` times as wide there as ``x``: raw widths of
+            the bins, each for all elements, then raw heights, then raw slopes at the knots inside. With zeros it is the identity.
+
+    Raises:
+        ShapeError: an argument is out of range, or ``u`` is not that wide (on the call).
+
+    References:
+        Durkan et al., 2019, arXiv:1906.04032, eq. 4-8 and section 3.1.
+
+    Example:
+        >>> law = spline_law(4, 3.0, dim=-1)
+        >>> x, u = torch.randn(2, 5), torch.randn(2, 55)
+        >>> torch.allclose(law.inverse(law.forward(x, u), u), x, atol=1e-5)
+        True
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= 500:
+        raise ShapeError(explain("spline", expected="2 to 500 bins", got=repr(bins), remedy="8 is the usual number"))
+    if not 0 < bound < math.inf:
+        raise ShapeError(explain("spline", expected="a bound > 0", got=repr(bound), remedy="5 suits standardised data"))
+    there = functools.partial(rational_quadratic_spline, bins=bins, bound=bound, dim=dim)
+    back = functools.partial(there, inverse=True)
+    return Law(
+        functools.partial(_first_of, there),
+        functools.partial(_first_of, back),
+        log_det=functools.partial(_sum_of_second, there),
+        call_and_ladj=there,
+        inverse_and_ladj=back,
+    )
+
+
+def _first_of(both: _Both, x: Tensor, u: Tensor) -> Tensor:
+    return both(x, u)[0]
+
+
+def _sum_of_second(both: _Both, x: Tensor, u: Tensor) -> Tensor:
+    return sum_per_sample(both(x, u)[1])
+
+
+def elementwise_law(coupling: str | Law, dim: int = 1) -> Law:
+    """The law called ``"additive"``, ``"affine"`` or ``"spline"``, or one that was given; it treats each element by itself.
+
+    Raises:
+        ShapeError: there is no law of that name, or it is given without ``call_and_ladj`` and ``inverse_and_ladj``.
+
+    Example:
+        >>> elementwise_law("additive") is ADDITIVE
+        True
+    """
+    if isinstance(coupling, Law) and coupling.call_and_ladj is not None and coupling.inverse_and_ladj is not None:
+        return coupling
+    if coupling == "additive":
+        return ADDITIVE
+    if coupling not in ("affine", "spline"):
+        expected = "'additive', 'affine', 'spline' or a revhooks.functional.Law with call_and_ladj= and inverse_and_ladj="
+        raise ShapeError(explain("coupling", expected=expected, got=repr(coupling), remedy="pick one of these"))
+    return affine_law(dim=dim) if coupling == "affine" else spline_law(dim=dim)
 
 
 # -- exact streams

@@ -54,8 +54,10 @@ def is_sharded(module: nn.Module) -> bool:
     return _SHARDED in module.__dict__
 
 
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Those that not every module has, without parameters, buffers, children, and what frameworks keep there."""
+def own_attributes(module: Any) -> dict[str, Any]:
+    """Those that not every module has, without parameters, buffers, children, and what frameworks keep there; an object's all."""
+    if not isinstance(module, nn.Module):
+        return dict(getattr(module, "__dict__", {}))
     return own_among(module, module.__dict__)
 
 
@@ -77,7 +79,7 @@ def _is_lent(value: Any) -> bool:
     return isinstance(value, Tensor) and isinstance(value._base, nn.Parameter)
 
 
-def give_attributes(module: nn.Module, own: dict[str, Any], names: Iterable[str] | None = None) -> None:
+def give_attributes(module: Any, own: dict[str, Any], names: Iterable[str] | None = None) -> None:
     """Let these be the module's own attributes, or those of these names."""
     attributes = module.__dict__
     for name in own_attributes(module) if names is None else names:

@@ -22,8 +22,14 @@ from .tracing import hide
 __all__ = [
     "ACTIVE",
     "Branches",
+    "Inverse",
+    "LogDet",
     "Registration",
+    "Volume",
+    "add",
+    "counted",
     "entries_of",
+    "entry_of",
     "in_place_of",
     "invertible",
     "lookup",
@@ -33,6 +39,7 @@ __all__ = [
 ]
 
 Inverse = str | Callable[..., Any]
+LogDet = str | int | Callable[..., Any]
 # the names of modules in a block, classes of them, or a function of the block that gives them
 Branches = str | type | tuple[str | type, ...] | list[str | type] | Callable[[nn.Module], Iterable[nn.Module]]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -40,29 +47,52 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registration:
-    """How to invert one method of a class.
+    """How to rebuild what one method of a class saves.
 
     Attributes:
         cls: the class, or ``None`` for a method marked with `invertible`.
-        inverse: a method's name, or ``f(module, output, *args, **kwargs)``.
+        inverse: a method's name, or ``f(module, output, *args, **kwargs)``; ``None``: it is replayed.
         method: the method that training calls.
         cost: evaluations of the block that an inversion needs beyond the replay.
-        log_det: the name of the method that gives the log-abs-det of the Jacobian, if any.
+        log_det: what gives the log-abs-det of the Jacobian, if anything does.
         keeps_zeros: the inputs, by position, that need not be held for their exact zeros; ``True``: all of them.
         branches: which modules in the block are its branches; ``None``: what forward and the inverse both call.
+        prefer: ``"invert"`` or ``"replay"``; ``None``: what takes less; an adapter's ``"leave"``: it has no frame of its own.
+        adapter: which of the package's adapters it is from, or ``""``.
+        instead: what an adapter runs in place of the method, ``f(module, *args, **kwargs)``.
+        least: bytes of its arguments below which a call is left as it is, as it saves less than a frame is worth.
+        inputs: how many leading arguments the inverse gives back; ``None``: the first try shows it.
+        assumed: nobody has said that this very class inverts: where it does not, that is no news.
     """
 
     cls: type | None
-    inverse: Inverse
+    inverse: Inverse | None
     method: str = "forward"
     cost: float = 0
-    log_det: str | None = None
+    log_det: LogDet | None = None
     keeps_zeros: bool | tuple[int, ...] = False
     branches: Branches | None = None
+    prefer: str | None = None
+    adapter: str = ""
+    instead: Callable[..., Any] | None = None
+    least: int = 0
+    inputs: int | None = None
+    assumed: bool = False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether its block is run again rather than inverted."""
+        return self.inverse is None or self.prefer == "replay"
 
     def keeps_zeros_in(self, position: int) -> bool:
         """Whether the input at ``position`` need not be held for its exact zeros."""
         return self.keeps_zeros if isinstance(self.keeps_zeros, bool) else position in self.keeps_zeros
+
+    def owner(self, module: object) -> type:
+        """The class whose methods belong to the one that is registered: the module's own, if it has not overridden that."""
+        method = getattr(type(module), self.method, None)
+        bracketed = self in (getattr(method, "__revhooks__", None), getattr(method, "__revhooks_counted__", None))
+        return type(module) if bracketed or self.cls is None else self.cls
 
     def resolve(self, module: nn.Module) -> Callable[..., Any]:
         """The inverse for ``module``, as ``f(output_or_outputs..., *held, **kwargs)``.
@@ -74,10 +104,17 @@ class Registration:
             RegistrationError: the module has no such inverse.
         """
         if not isinstance(self.inverse, str):
+            if self.inverse is None:
+                raise RegistrationError(
+                    explain(
+                        type(module).__name__,
+                        expected="a block with an inverse",
+                        got="one that is registered to be replayed",
+                        remedy="register it with inverse=, if it has one",
+                    )
+                )
             return functools.partial(self.inverse, module)
-        bracketed = getattr(getattr(type(module), self.method, None), "__revhooks__", None) is self
-        owner = type(module) if bracketed or self.cls is None else self.cls
-        inverse = getattr(owner, self.inverse, None)
+        inverse = getattr(self.owner(module), self.inverse, None)
         if inverse is None:
             raise RegistrationError(
                 explain(
@@ -99,8 +136,38 @@ class Interceptor(Protocol):
         """Call ``original(module, *args, **kwargs)`` inside a frame."""
 
 
+class Volume(Protocol):
+    """What counts log-dets while a `revhooks.log_det` is open."""
+
+    def around(self, run: Interceptor | None) -> Interceptor:
+        """What brackets a call while both are active."""
+
+    def count(
+        self, entry: Registration, call: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make a call whose log-det is counted."""
+
+    def muted(self) -> Volume:
+        """One that computes the same and keeps nothing, for a replay."""
+
+
 class _Active(threading.local):
+    """What is active in this thread.
+
+    Attributes:
+        run: that of the innermost ``reversible()``.
+        volume: what counts log-dets; ``None`` inside a block that is counted, and while something is rebuilt.
+        top: what registered methods call: the volume around the run. It follows from both.
+    """
+
     run: Interceptor | None = None
+    volume: Volume | None = None
+    top: Interceptor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "top":
+            self.top = self.run if self.volume is None else self.volume.around(self.run)
 
 
 ACTIVE = _Active()
@@ -129,29 +196,57 @@ def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Cal
 
 
 def _bracket(original: Callable[..., Any], entry: Registration) -> Callable[..., Any]:
-    active, is_compiling = ACTIVE, torch.compiler.is_compiling
+    active, is_compiling, before = ACTIVE, torch.compiler.is_compiling, original
+    if "__revhooks_counted__" in getattr(original, "__dict__", ()):  # one bracket looks for both
+        original = original.__wrapped__  # type: ignore[attr-defined]
 
     def bracketed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or (run := active.run) is None:  # in this order: dynamo is to look at no run
+        if is_compiling() or (top := active.top) is None:  # in this order: dynamo is to look at no run
             return original(self, *args, **kwargs)
-        return run.call(entry, original, self, args, kwargs)
+        return top.call(entry, original, self, args, kwargs)
 
-    method = in_place_of(original, bracketed)
-    method.__revhooks__ = entry  # type: ignore[attr-defined]
-    return method
+    placed = in_place_of(original, bracketed)
+    placed.__revhooks__ = entry  # type: ignore[attr-defined]
+    placed.__revhooks_before__ = before  # type: ignore[attr-defined]
+    return placed
+
+
+def counted(cls: type, method: str, *, log_det: LogDet | None = None) -> None:
+    """Have `revhooks.log_det` count the calls of a method that is not registered, as ``reversible()`` leaves it as it is.
+
+    Args:
+        cls: a class that has the method.
+        method: its name.
+        log_det: as in `register`; ``None``: as flow layers of `revhooks.nn` say it.
+    """
+    original = getattr(cls, method)
+    if hasattr(original, "__revhooks__"):
+        return  # its bracket counts it
+    entry = Registration(cls, None, method, log_det=log_det)
+    active, is_compiling = ACTIVE, torch.compiler.is_compiling
+
+    def bracketed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or (volume := active.volume) is None:  # in this order, as above
+            return original(self, *args, **kwargs)
+        return volume.count(entry, original, self, args, kwargs)
+
+    placed = in_place_of(original, bracketed)
+    placed.__revhooks_counted__ = entry  # type: ignore[attr-defined]
+    setattr(cls, method, placed)
 
 
 def register(
     cls: type,
     *,
-    inverse: Inverse,
+    inverse: Inverse | None,
     method: str = "forward",
     cost: float = 0,
-    log_det: str | None = None,
+    log_det: LogDet | None = None,
     keeps_zeros: bool | tuple[int, ...] = False,
     branches: Branches | None = None,
+    prefer: str | None = None,
 ) -> None:
-    """Tell ``reversible()`` that calls of ``cls.method`` can be inverted.
+    """Tell ``reversible()`` that calls of ``cls.method`` can be inverted, or are to be run again.
 
     A block whose children (or those in its lists) are registered themselves is a container: its children are inverted one by
     one, and it is not, unless ``branches`` are named.
@@ -161,23 +256,31 @@ def register(
         inverse: the name of a method, called with the outputs and then the held arguments, or
             ``f(module, output, *args, **kwargs)``. It returns the first argument, or a tuple or list of the first ones; an
             argument may be a list or dict of tensors. Every other argument is held. A method may do without the last
-            outputs, or take all of them as one tuple; what comes behind the inputs, as a log-det, does not count.
+            outputs, or take all of them as one tuple; what comes behind the inputs, as a log-det, does not count. ``None``:
+            the block has none that holds in floating point, and is replayed from its inputs.
         method: the method that training calls (``"inverse"`` for some flow libraries). Each method of a class has a
             registration of its own: both directions may be trained.
         cost: evaluations of the block that an inversion needs beyond the replay: 0 for a coupling, about 10
             for a fixed point, D for an autoregressive map. A replay needs the inputs, which an inversion frees. So where
             they are small the block is replayed from them: where they take no more than a sixteenth of what it saves, and no
             more than ``cost / 160`` of it.
-        log_det: the name of the method that gives the log-abs-det of the Jacobian, shape ``(B,)``, from the arguments of the
-            call; `check` compares it with that of `torch.autograd.functional.jacobian`. An estimate is none.
+        log_det: what gives the log-abs-det of the Jacobian, shape ``(B,)`` or a scalar: the name of a method that is called with
+            the arguments of the call, the position of an output (``1`` of ``(y, log_det)``), or ``f(module, output, *args,
+            **kwargs)``. `revhooks.log_det` sums them up, by a method ``call_and_ladj`` instead of a method or function where the
+            class has one, for that takes one evaluation; `check` compares it with that of
+            `torch.autograd.functional.jacobian`. An estimate is none.
         keeps_zeros: an inversion turns an exact zero into 1e-17, so an input that has some is held. ``True`` where the
             inverse is exact to the bit, or the positions of inputs that the block only adds: these are not held.
         branches: the modules in the block whose calls an inverse repeats, so that they are evaluated once in backward: their
             names (``"net"``, ``("f", "inner.g")``), classes, or a function of the block that gives them. Without it: the
             children that forward and the inverse both call, or the modules below them, where one of both calls these alone.
+        prefer: ``"invert"``, or ``"replay"``: the block is run again from its inputs, and inverted only where a budget that was
+            given would be exceeded by them. ``None``: what takes less, by ``cost`` and by how small the inputs are: of a
+            block that saves 64 times as much as it is given, a chain of 64 inputs is no more than what one of them saves.
 
     Raises:
-        RegistrationError: ``cls`` is no module class, its method is registered already, or it lacks the method or the inverse.
+        RegistrationError: ``cls`` is no module class, its method is registered already, it lacks the method or the inverse, or
+            an argument is none of the above.
 
     Example:
         >>> class Shift(nn.Module):
@@ -191,23 +294,47 @@ def register(
     subject = getattr(cls, "__name__", repr(cls))
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise _refuse(subject, "a subclass of torch.nn.Module", f"{cls!r}", "pass the class, not an instance")
-    if method in _REGISTRY.get(cls, {}):
-        got = f"a second registration of its method {method!r}"
-        raise _refuse(subject, "a method not yet registered", got, f"unregister(cls, method={method!r}) first")
-    original = getattr(cls, method, None)
-    if not callable(original):
+    if not callable(getattr(cls, method, None)):
         raise _refuse(subject, f"a method {method!r}", "none", "name the method that training calls with method=")
-    if not callable(inverse) and not isinstance(inverse, str):
-        raise _refuse(subject, "inverse= a method's name or a function", f"{inverse!r}", "see help(register)")
+    _check_options(subject, inverse, cost, log_det, branches, prefer)
     if isinstance(inverse, str) and not callable(getattr(cls, inverse, None)):
         raise _refuse(subject, f"a method {inverse!r}", "none", "name its inverse, or pass inverse=f(module, output, *args)")
-    if log_det is not None and not callable(getattr(cls, log_det, None)):
+    if isinstance(log_det, str) and not callable(getattr(cls, log_det, None)):
         raise _refuse(subject, f"a method {log_det!r}", "none", "name the method that gives the log-abs-det")
+    add(Registration(cls, inverse, method, cost, log_det, keeps_zeros, branches, prefer))
+
+
+def _check_options(subject: str, inverse: object, cost: float, log_det: object, branches: object, prefer: str | None) -> None:
+    if prefer not in (None, "invert", "replay"):
+        raise _refuse(subject, 'prefer= "invert", "replay" or None', f"{prefer!r}", "see help(register)")
+    if inverse is None and prefer == "invert":
+        raise _refuse(subject, "an inverse, as it is preferred", "None", "name it, or leave prefer= away")
+    if inverse is not None and not callable(inverse) and not isinstance(inverse, str):
+        raise _refuse(subject, "inverse= a method's name or a function", f"{inverse!r}", "see help(register)")
+    if log_det is not None and not callable(log_det) and (isinstance(log_det, bool) or not isinstance(log_det, (str, int))):
+        raise _refuse(subject, "log_det= a method's name, a position or a function", f"{log_det!r}", "see help(register)")
     if not cost >= 0:
         raise _refuse(subject, "cost >= 0", f"{cost!r}", "count the extra evaluations that an inversion needs")
     if not (branches is None or isinstance(branches, (str, type, tuple, list)) or callable(branches)):
         raise _refuse(subject, "branches= names, classes or a function of the block", f"{branches!r}", "see help(register)")
-    entry = Registration(cls, inverse, method, cost, log_det, keeps_zeros, branches)
+
+
+def add(entry: Registration) -> None:
+    """Bracket a method of a class; what a user registers takes the place of what an adapter has.
+
+    Raises:
+        RegistrationError: it is registered already.
+    """
+    cls, method = entry.cls, entry.method
+    if cls is None:
+        raise _refuse("a registration", "a class", "None", "mark a single method with invertible")
+    present = _REGISTRY.get(cls, {}).get(method)
+    if present is not None and (entry.adapter or not present.adapter):
+        got = f"a second registration of its method {method!r}"
+        raise _refuse(cls.__name__, "a method not yet registered", got, f"unregister(cls, method={method!r}) first")
+    if present is not None:
+        unregister(cls, method=method)
+    original = getattr(cls, method)
     _REGISTRY.setdefault(cls, {})[method] = entry
     setattr(cls, method, _bracket(original, entry))
 
@@ -235,7 +362,7 @@ def unregister(cls: type, *, method: str | None = None) -> None:
 
 
 def _take_bracket_off(cls: type, method: str) -> None:
-    original = cls.__dict__[method].__wrapped__
+    original = cls.__dict__[method].__revhooks_before__
     delattr(cls, method)
     if getattr(cls, method, None) is not original:  # it was the class's own, not inherited
         setattr(cls, method, original)
@@ -248,6 +375,11 @@ def entries_of(cls: type) -> tuple[Registration, ...]:
         for method, entry in _REGISTRY.get(base, {}).items():
             entries.setdefault(method, entry)
     return tuple(sorted(entries.values(), key=lambda entry: entry.method != "forward"))
+
+
+def entry_of(cls: type, method: str) -> Registration | None:
+    """The registration of a method of exactly this class."""
+    return _REGISTRY.get(cls, {}).get(method)
 
 
 def lookup(cls: type, method: str | None = None) -> Registration | None:
@@ -264,7 +396,12 @@ def registered(cls: type | None = None, *, method: str | None = None) -> Registr
 
 
 def invertible(
-    *, inverse: Inverse = "inverse", cost: float = 0, log_det: str | None = None, branches: Branches | None = None
+    *,
+    inverse: Inverse | None = "inverse",
+    cost: float = 0,
+    log_det: LogDet | None = None,
+    branches: Branches | None = None,
+    prefer: str | None = None,
 ) -> Callable[[_F], _F]:
     """Decorate a forward method whose class has an inverse.
 
@@ -273,9 +410,10 @@ def invertible(
         cost: as in `register`.
         log_det: as in `register`.
         branches: as in `register`.
+        prefer: as in `register`.
 
     Raises:
-        RegistrationError: what is decorated is not a function.
+        RegistrationError: what is decorated is not a function, or an argument is none that `register` takes.
 
     Example:
         >>> class Double(nn.Module):
@@ -289,8 +427,10 @@ def invertible(
     def decorate(method: _F) -> _F:
         if isinstance(method, type) or not callable(method):
             raise _refuse(repr(method), "a forward method", type(method).__name__, "decorate the method, or use register(cls)")
-        return _bracket(method, Registration(None, inverse, method.__name__, cost, log_det, branches=branches))  # type: ignore[return-value]
+        entry = Registration(None, inverse, method.__name__, cost, log_det, branches=branches, prefer=prefer)
+        return _bracket(method, entry)  # type: ignore[return-value]
 
     if callable(inverse) and not isinstance(inverse, str) and getattr(inverse, "__name__", "") == "forward":
         raise _refuse("invertible", "@invertible(inverse=...)", "@invertible", "write the parentheses")
+    _check_options("invertible", inverse, cost, log_det, branches, prefer)
     return decorate

@@ -13,7 +13,7 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 from torch.overrides import _get_current_function_mode_stack
@@ -175,6 +175,7 @@ class Buffers:
         "_owners",
         "_read",
         "_scripted",
+        "_storages",
         "_versions",
         "_written",
         "overwritten",
@@ -198,6 +199,7 @@ class Buffers:
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
         self._owners: list[tuple[_Owner, tuple[Tensor | None, ...]]] = []
         self._scripted: list[tuple[Tensor, Tensor]] = []
+        self._storages: list[UntypedStorage] = []  # which are known by their addresses while the call lasts (Rule 3)
         self.plain = owned
         if owned:
             self._owners = [(_plain_dict(own), (*own.values(),)) for module in modules if (own := module._parameters)]
@@ -225,6 +227,8 @@ class Buffers:
         present = [(name, buffer) for name, buffer in owner.items() if buffer is not None and _is_readable(buffer)]
         for _, buffer in present:
             _add_key(keys, buffer)
+            if not is_opaque(buffer):
+                self._storages.append(buffer.untyped_storage())
         self.plain = self.plain and _PLAIN_TYPES.issuperset([type(buffer) for _, buffer in present])
         if _overwrites_unread(module):
             self._written += (*[(owner, name) for name, _ in present],)
@@ -248,6 +252,7 @@ class Buffers:
 
     def finish(self) -> tuple[bool, bool]:
         """Learn what the call changed: whether that was foreseen, and, looked at closely, whether it wrote parameters."""
+        self._storages = []
         if not (self._copies or self._scripted or self._first or self._before) and versions_of(self._read) == self._versions:
             return True, False
         wrote = bool(self._copies) and not all(map(_same, self._read, self._copies))

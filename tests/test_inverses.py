@@ -776,3 +776,44 @@ def test_the_users_modules_are_left_alone(registered: Any) -> None:
         copied(X).sum().backward()
     assert list(blocks.state_dict()) == keys
     assert all("forward" not in vars(module) for module in [*blocks.modules(), *copied.modules()])
+
+
+class InPlaceOneWay(Base):
+    """One direction of it changes its input in place, and the other does not."""
+
+    def forward(self, x: Tensor, rev: bool = False) -> Tensor:
+        if not rev:
+            return torch.cat(self.go(*(x * 2).chunk(2, 1)), 1)
+        x.mul_(0.5)
+        return torch.cat(self.back(*x.chunk(2, 1)), 1)
+
+
+def _other_way(block: InPlaceOneWay, y: Tensor, rev: bool = False) -> Tensor:
+    parts = y.chunk(2, 1)
+    return torch.cat(block.go(*parts), 1) * 2 if rev else torch.cat(block.back(*parts), 1) * 0.5
+
+
+def test_a_block_that_changes_its_input_in_one_direction_only(registered: Callable[..., None]) -> None:
+    """The block before it is kept where it does, from the first step on."""
+    registered(InPlaceOneWay, inverse=_other_way)
+    blocks = [InPlaceOneWay().double() for _ in range(3)]
+    others = copy.deepcopy(blocks)
+
+    def loss(blocks: list[InPlaceOneWay]) -> Tensor:
+        x = X.clone()
+        for block in blocks:
+            x = block(x)
+        for block in reversed(blocks):
+            x = block(x, rev=True)
+        return x.square().mean()
+
+    for _ in range(2):
+        for block in (*blocks, *others):
+            block.zero_grad()
+        loss(others).backward()
+        with revhooks.reversible():
+            loss(blocks).backward()
+        for a, b in zip(nn.ModuleList(blocks).parameters(), nn.ModuleList(others).parameters(), strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12)

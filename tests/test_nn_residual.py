@@ -397,7 +397,7 @@ def test_gradients_of_the_log_det(case: Case, terms: int | None) -> None:
     model = Likelihood([block(case, terms=terms) for _ in range(3)])
     rev = compare(model, batch(case))
     assert rev.stats is not None
-    assert rev.stats.inversions >= 1
+    assert rev.stats.inversions + rev.stats.replays >= 1  # the input is small beside what the estimator saves
 
 
 def test_training_by_log_det_saves_memory() -> None:

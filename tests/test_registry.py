@@ -495,3 +495,30 @@ def test_outside_nothing_happens(registered: Any) -> None:
     y = model(X)
     assert type(y.grad_fn).__name__ == "CatBackward0"
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+class Reset(nn.Module):
+    """Sets a buffer's data in its first call, whose old memory another tensor may get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_set", torch.zeros(64))
+        self.scale = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_set.any():
+            self.is_set.data = torch.ones(1)
+        return x * self.scale.exp() * self.scale.cosh()
+
+
+def test_memory_of_a_buffer_that_is_replaced_is_no_buffers_any_more() -> None:
+    revhooks.register(Reset, inverse=None)
+    try:
+        for _ in range(20):  # where the next tensors lie is chance
+            x = torch.randn(8, 64)
+            with revhooks.reversible() as run:
+                h = nn.Sequential(*(Reset() for _ in range(4)))(x)
+                h.sum().backward()
+            assert run.stats.frames == 4
+    finally:
+        revhooks.unregister(Reset)

@@ -22,6 +22,7 @@ PACKAGE = Path(revhooks.__file__).parent
 OPTIONAL = {  # looked up, and done without
     "torch._C._dynamo",
     "torch._dynamo.compiled_autograd",
+    "torch._dynamo.utils",
     "torch.cuda.memory._set_memory_metadata",
     "torch.cuda.memory._snapshot",
     "torch.ops.aten._fused_rms_norm",

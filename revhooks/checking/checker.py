@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..adapters import adapt
 from ..context import reversible
 from ..errors import RegistrationError, RevhooksError, explain
 from ..generators import RngTracker
@@ -60,6 +61,7 @@ def check(module: nn.Module | Callable[..., Any], *args: Any, under: reversible 
         raise RegistrationError(
             explain("check()", expected="a module, or a method of one", got=type(called).__name__, remedy="pass the module")
         )
+    adapt()
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     state = RngTracker().capture(device)
@@ -131,9 +133,10 @@ class _Check:
                 self._judge_gradients(error, where, taken, plain, bound, repeats=repeats)
             self._judge_state(**{name: found[name] for name in ("outputs_equal", "buffers", "generators")})
         for name, count in taken.evaluations.items():
-            if count > 2:
+            fewest = 2 * max(plain.evaluations.get(name, 1), 1)
+            if count > fewest:
                 remedy = "have the inverse call the same modules on the same inputs as forward, or name them with branches="
-                self._problem(f"branch {name} is called {count} times a step, where 2 would do", remedy)
+                self._problem(f"branch {name} is called {count} times a step, where {fewest} would do", remedy)
         return found
 
     def _problem(self, what: str, remedy: str) -> None:
@@ -161,7 +164,7 @@ class _Check:
             worst, drift = None, None
             failure = str(problem)
         entry = self.call.entry
-        if entry is not None:
+        if entry is not None and entry.inverse is not None:
             error, wrong = block_error(self.call, entry, bound)
             if wrong:
                 self._problem(wrong, self._inverse_remedy(type(self.call.module).__name__))
@@ -245,7 +248,7 @@ def _written(context: reversible) -> str:
         >>> _written(reversible(replay=(nn.GELU, nn.ReLU), budget="2GiB", ops=False))
         "reversible(replay=(GELU, ReLU), budget='2GiB', ops=False)"
     """
-    usual = {"replay": (), "keep": (), "budget": None, "ops": True, "offload": False, "guard": "fallback"}
+    usual = {"replay": (), "keep": (), "budget": None, "ops": True, "offload": False, "guard": "fallback", "adapters": True}
     given = {name: value for name, value in context.options.items() if value not in (usual[name], "off")}
     return f"reversible({', '.join(f'{name}={_spelled(value)}' for name, value in given.items())})"
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..context import reversible
 from ..record import WorstError
-from ..registry import Registration
+from ..registry import LogDet, Registration
 from ..runtime.frames.frame import ANCHOR
 from ..runtime.policy.guard import relative_error, tolerance
 from ..runtime.policy.ways import in_order, judge, places_of, split, ways
@@ -62,7 +62,7 @@ def _invert(call: Call, entry: Registration, module: Any, output: Any) -> float:
     arguments = in_order(places, call.args, call.kwargs)
     errors: list[float] = []
     failure: Exception | None = None
-    for way in ways(output, arguments, named=isinstance(entry.inverse, str)):
+    for way in ways(output, arguments, named=isinstance(entry.inverse, str), inputs=entry.inputs):
         rest = split(places[: way.held], call.args, call.kwargs)
         if not way.fits(inverse, output, *rest):
             continue
@@ -84,27 +84,70 @@ def _invert(call: Call, entry: Registration, module: Any, output: Any) -> float:
 
 def log_det_error(call: Call, bound: float) -> tuple[float | None, str]:
     """The error of the registered log-det of the first sample against that of its Jacobian; and what is wrong, if it is."""
-    name = call.entry.log_det if call.entry is not None else None
-    x = call.args[0] if call.args else None
-    if name is None or not isinstance(x, Tensor) or not x.is_floating_point() or not len(x) or x[0].numel() > _SMALL:
+    said = call.entry.log_det if call.entry is not None else None
+    if call.entry is None or said is None:
         return None, ""
     module = call.pinned()
     with torch.no_grad():
-        call.call(module)  # which may initialise it
-
-    def first(sample: Tensor) -> Tensor:
-        call.reset()
-        args = (torch.cat([sample[None], x[1:]]), *call.args[1:])
-        return tensors_of(call.apply(module, args, call.kwargs))[0][0].flatten()
-
-    jacobian = torch.autograd.functional.jacobian(first, x[0].detach()).flatten(1)
-    if jacobian.shape[0] != jacobian.shape[1]:
+        output = call.call(module)  # which may initialise it
+    varied = _inputs(call, output, said)
+    if not varied:
         return None, ""
+    sample = [call.args[place][0].detach() for place in varied]
+    sizes = [one.numel() for one in sample]
+
+    def first(flat: Tensor) -> Tensor:
+        call.reset()
+        args = list(call.args)
+        for place, part, like in zip(varied, flat.split(sizes), sample, strict=True):
+            args[place] = torch.cat([part.view_as(like)[None], args[place][1:]])
+        return torch.cat([one[0].flatten() for one in _mapped(call.apply(module, tuple(args), call.kwargs), said)])
+
+    jacobian = torch.autograd.functional.jacobian(first, torch.cat([one.flatten() for one in sample]))
+    wanted = float(torch.linalg.slogdet(jacobian.double())[1])
     call.reset()
     with torch.no_grad():
-        got = float(getattr(module, name)(*call.args, **call.kwargs).flatten()[0])
-    wanted = float(torch.linalg.slogdet(jacobian.double())[1])
+        got = _said(call, module, said)
+    name = said if isinstance(said, str) else f"output {said}" if isinstance(said, int) else "log_det="
+    if got is None:
+        return float("inf"), f"{name} gives no log-det where the Jacobian's log-abs-det is {wanted:.4g}"
     error = abs(got - wanted) / max(1.0, abs(wanted))
     if error <= bound:
         return error, ""
     return error, f"{name} gives {got:.4g} where the Jacobian's log-abs-det is {wanted:.4g}"
+
+
+def _inputs(call: Call, output: Any, said: LogDet) -> list[int]:
+    """The leading arguments that make the outputs: as many elements a sample; none if there are no such, or too many."""
+    wanted = [tensor for tensor in _mapped(output, said) if tensor.dim()]
+    elements = sum(tensor[0].numel() for tensor in wanted if len(tensor))
+    found: list[int] = []
+    for place, argument in enumerate(call.args):
+        if not isinstance(argument, Tensor) or not argument.is_floating_point() or not argument.dim() or not len(argument):
+            break
+        found.append(place)
+        elements -= argument[0].numel()
+        if elements <= 0:
+            break
+    size = sum(call.args[place][0].numel() for place in found)
+    return found if elements == 0 and 0 < size <= _SMALL else []
+
+
+def _mapped(output: Any, said: LogDet) -> list[Tensor]:
+    """Of an output what the Jacobian is of: not the log-det, nor what is like one."""
+    if isinstance(said, int) and isinstance(output, (tuple, list)) and -len(output) <= said < len(output):
+        output = [one for place, one in enumerate(output) if place != said % len(output)]
+        return tensors_of(output)
+    return [tensor for place, tensor in enumerate(tensors_of(output)) if not place or tensor.dim() > 1]
+
+
+def _said(call: Call, module: Any, said: LogDet) -> float | None:
+    """What a registration says of the first sample."""
+    if isinstance(said, str):
+        value = getattr(module, said)(*call.args, **call.kwargs)
+    else:
+        output = call.apply(module, call.args, call.kwargs)
+        value = output[said] if isinstance(said, int) else said(module, output, *call.args, **call.kwargs)
+    if value is None:
+        return None
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)

@@ -1,4 +1,4 @@
-"""The command line: ``revhooks demo | run | report | check | compare``.
+"""The command line: ``revhooks demo | run | report | check | compare | adapters``.
 
 Exit codes: 0 well; 1 not well, or failed; 2 what was asked for cannot be understood, or the target not be run; 3 a comparison has
 failed; 130 interrupted. Errors are one line on stderr; ``--debug`` shows where they were raised.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import RevhooksError, TargetError, explain, told
-from . import check, compare, demo, report, run
+from . import adapters, check, compare, demo, report, run
 
 __all__ = ["main"]
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"revhooks {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, run, report, check, compare):
+    for command in (demo, run, report, check, compare, adapters):
         command.add_parser(commands)
     for one in commands.choices.values():  # behind the command too; what was given before it stays
         one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")

@@ -31,6 +31,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", metavar="SIZE", help="what may be held: 4GiB, 500MiB, auto (default: least memory)")
     group.add_argument("--no-ops", action="store_true", help="leave ordinary layers as they are")
     group.add_argument("--offload", action="store_true", help="let what must be kept wait in host memory, on CUDA")
+    group.add_argument("--no-adapters", action="store_true", help="leave blocks of other libraries that need no registration")
     group.add_argument("--guard", choices=("fallback", "raise", "off"), help="what a reconstruction that is off does")
 
 
@@ -45,8 +46,8 @@ def _budget(options: argparse.Namespace) -> float | str | None:
 
 def has_context_options(options: argparse.Namespace) -> bool:
     """Whether any was given."""
-    given = (options.replay, options.replay_blocks, options.keep, options.budget, options.no_ops, options.offload, options.guard)
-    return any(given)
+    flags = options.replay_blocks, options.no_ops, options.no_adapters, options.offload
+    return any((options.replay, options.keep, options.budget, options.guard, *flags))
 
 
 def context_of(options: argparse.Namespace, model: nn.Module, *, guard: str = "fallback") -> reversible:
@@ -89,6 +90,7 @@ def context_with(options: argparse.Namespace, *, replay: Any, keep: Any, guard: 
             ops=not options.no_ops,
             offload=options.offload,
             guard=options.guard or guard,
+            adapters=not options.no_adapters,
         )
     except RegistrationError as error:
         raise TargetError(str(error)) from error

@@ -88,7 +88,13 @@ def run(options: argparse.Namespace) -> int | Callable[[], int]:
         replay=replay.means if options.replay or options.replay_blocks else (),
         keep=keep.means if options.keep else (),
     )
-    return lambda: _execute(script, context, summary)
+    from ..adapters.arrivals import arrivals
+
+    def execute() -> int:
+        with contextlib.nullcontext() if options.no_adapters else arrivals():
+            return _execute(script, context, summary)
+
+    return execute
 
 
 def _execute(script: Script, context: reversible, summary: _Summary) -> int:

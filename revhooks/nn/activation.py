@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..functional import sum_per_sample, wide
 from ..registry import register
-from .flow import Flow, invertible_with_ladj
+from .flow import Flow, inverse_of_forward, inverse_with_ladj, invertible_with_ladj
 
 __all__ = ["LeakyReLU", "Logit", "Sigmoid", "SinhArcsinh", "Softplus", "Tanh"]
 
@@ -61,6 +61,7 @@ class LeakyReLU(_Elementwise):
         """Scale the negative part."""
         return F.leaky_relu(x, self.negative_slope)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Scale the negative part back."""
         return F.leaky_relu(y, 1 / self.negative_slope)
@@ -111,6 +112,7 @@ class SinhArcsinh(_Elementwise):
         log_tail, skew = self._broadcast(x)
         return torch.sinh(log_tail.exp() * torch.asinh(x) + skew)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Bend back."""
         log_tail, skew = self._broadcast(y)
@@ -125,7 +127,12 @@ class SinhArcsinh(_Elementwise):
     @invertible_with_ladj
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` and `log_det`."""
-        return super().call_and_ladj(x)
+        return SinhArcsinh.forward(self, x), self.log_det(x)
+
+    @inverse_with_ladj
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`inverse`, and minus the `log_det` there."""
+        return super().inverse_and_ladj(y)
 
     def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = [1] * x.dim()

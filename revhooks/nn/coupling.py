@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..capture import is_capturing
-from ..errors import GridError, RegistrationError, RevhooksError, ShapeError, explain
-from ..functional import ADDITIVE, Law, affine_law, grid_law, grid_limit, round_to_grid, wide
-from ..storage import compact, is_near
-from ..tracing import is_recorded
-from .flow import invertible_with_ladj
+from ..errors import RegistrationError, RevhooksError, ShapeError, explain
+from ..functional import ADDITIVE, Law, affine_law, grid_law, round_to_grid, sum_per_sample, wide
+from ..storage import compact
+from .flow import count, inverse_of_forward, inverse_with_ladj, invertible_with_ladj
+from .ranges import RangeWatch
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "RangeWatch", "Step"]
 
@@ -69,6 +68,29 @@ class Step(NamedTuple):
         """
         return self._fit(self.law.inverse, target, update)
 
+    def apply_and_ladj(self, target: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The target stream after the step, and how the step changes volume there: ``(B,)``.
+
+        Raises:
+            ShapeError: the update does not fit the stream.
+            RegistrationError: the law does not say.
+        """
+        if self.law.saves and self.law.call_and_ladj is not None:
+            return self._fit_with_ladj(self.law.call_and_ladj, target, update)
+        return self.apply(target, update), self.log_det(target, update)
+
+    def undo_and_ladj(self, target: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """The target stream before the step, and how going back changes volume: ``(B,)``.
+
+        Raises:
+            ShapeError: the update does not fit the stream.
+            RegistrationError: the law does not say.
+        """
+        if self.law.saves and self.law.inverse_and_ladj is not None:
+            return self._fit_with_ladj(self.law.inverse_and_ladj, target, update)
+        before = self.undo(target, update)
+        return before, -self.log_det(before, update)
+
     def log_det(self, target: Tensor, update: Tensor) -> Tensor:
         """How the step changes volume at the target stream before it: ``(B,)``.
 
@@ -82,6 +104,16 @@ class Step(NamedTuple):
                 )
             )
         return self.law.log_det(target, update)
+
+    def _fit_with_ladj(self, law: Any, target: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        ladj: list[Tensor] = []
+
+        def moved(target: Tensor, update: Tensor) -> Tensor:
+            result, slopes = law(target, update)
+            ladj.append(slopes)
+            return result  # type: ignore[no-any-return]
+
+        return self._fit(moved, target, update), sum_per_sample(ladj[0])
 
     def _fit(self, law: Any, target: Tensor, update: Tensor) -> Tensor:
         try:
@@ -107,55 +139,6 @@ class Step(NamedTuple):
         )
 
 
-class RangeWatch:
-    """Sees that streams on a grid stay where sums on it are exact.
-
-    On a CPU every stream is looked at when it comes; on an accelerator the extremes are read once, when all have come.
-    """
-
-    def __init__(self, coupling: Coupling) -> None:
-        self._coupling = coupling
-        self._bits = coupling.grid_bits
-        self._extremes: list[tuple[int, torch.dtype, Tensor]] = []
-
-    def see(self, index: int, stream: Tensor) -> None:
-        """A stream after step ``index``.
-
-        Raises:
-            GridError: it is out of range.
-        """
-        if self._bits is None or stream.is_meta or is_recorded() or is_capturing(stream.device):
-            return
-        extreme = torch.stack(torch.aminmax(stream.detach())).abs_().max()
-        if is_near(stream.device):
-            self._judge(index, stream.dtype, float(extreme))
-        else:
-            self._extremes.append((index, stream.dtype, extreme))
-
-    def close(self) -> None:
-        """All streams have come.
-
-        Raises:
-            GridError: one was out of range.
-        """
-        if self._extremes:
-            values = torch.stack([extreme.float() for _, _, extreme in self._extremes]).tolist()
-            for (index, dtype, _), value in zip(self._extremes, values, strict=True):
-                self._judge(index, dtype, value)
-
-    def _judge(self, index: int, dtype: torch.dtype, value: float) -> None:
-        limit = grid_limit(dtype, self._bits or 0)
-        if value >= limit:
-            raise GridError(
-                explain(
-                    f"{type(self._coupling).__name__}, step {index}",
-                    expected=f"streams below {limit:g} in magnitude, where a grid of 2**-{self._bits} is exact in {dtype}",
-                    got=f"{value:g}",
-                    remedy="choose a smaller grid_bits, a wider dtype, or normalise the branches",
-                )
-            )
-
-
 class Coupling(nn.Module):
     """A chain of steps over two streams: the base of every coupling.
 
@@ -166,6 +149,10 @@ class Coupling(nn.Module):
         sizes: the two sizes along ``dim``; equal halves when ``None``.
         grid_bits: streams are rounded to multiples of ``2**-grid_bits`` as they come in (`revhooks.functional.grid_law`).
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        count(cls)
 
     def __init__(self, *, dim: int = 1, sizes: tuple[int, int] | None = None, grid_bits: int | None = None) -> None:
         super().__init__()
@@ -243,6 +230,7 @@ class Coupling(nn.Module):
         watch.close()
         return self.join(streams)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The input that `forward` maps to ``y``, given the same extra arguments.
 
@@ -264,18 +252,45 @@ class Coupling(nn.Module):
 
         Raises:
             ShapeError: as in `forward`, or the streams are split along the batch.
+            GridError: as in `forward`.
             RegistrationError: a law has no ``log_det``.
         """
-        streams = self.split(x)
+        streams, ladj, watch = self.split(x), self.no_ladj(x), RangeWatch(self)
+        for index, step in enumerate(self.steps()):
+            update = step.evaluate(streams[step.source], args, kwargs)
+            streams[step.target], change = step.apply_and_ladj(streams[step.target], update)
+            ladj = ladj + change
+            watch.see(index, streams[step.target])
+        watch.close()
+        return self.join(streams), ladj
+
+    @inverse_with_ladj
+    def inverse_and_ladj(self, y: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`inverse`, and ``log|det dx/dy|`` from the same evaluation of the branches.
+
+        Returns:
+            The input, and the log-abs-det of each sample, of shape ``(B,)``: minus that of `call_and_ladj` there.
+
+        Raises:
+            ShapeError: as in `call_and_ladj`.
+            RegistrationError: as in `call_and_ladj`.
+        """
+        streams, ladj = self.split(y), self.no_ladj(y)
+        for step in reversed(self.steps()):
+            update = step.evaluate(streams[step.source], args, kwargs)
+            streams[step.target], change = step.undo_and_ladj(streams[step.target], update)
+            ladj = ladj + change
+        return self.join(streams), ladj
+
+    def no_ladj(self, x: Tensor) -> Tensor:
+        """The log-abs-det of no step: zeros ``(B,)``.
+
+        Raises:
+            ShapeError: the streams are split along the batch.
+        """
         if self.dim % x.dim() == 0:
             raise self._cannot_split("streams that are not split along the batch", f"dim={self.dim}")
-        ladj = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
-        for step in self.steps():
-            before = streams[step.target]
-            update = step.evaluate(streams[step.source], args, kwargs)
-            streams[step.target] = step.apply(before, update)
-            ladj = ladj + step.log_det(before, update)
-        return self.join(streams), ladj
+        return x.new_zeros(x.shape[0], dtype=wide(x.dtype))
 
     def log_det(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``log|det dy/dx|`` of each sample, of shape ``(B,)``; raises as `call_and_ladj`."""
@@ -371,9 +386,12 @@ class AdditiveCoupling(_PairCoupling):
 class AffineCoupling(_PairCoupling):
     """``y1 = x1 * factor(r1) + t1`` with ``r1, t1 = f(x2)``, and the same for ``y2`` from ``g(y1)``.
 
+    What a branch returns is twice as wide along ``dim`` as the stream that it changes: first the raw log-scales, then the
+    shifts. ``AffineCoupling(f)`` is one-sided, as in Real NVP and Glow: only the first stream changes; ``swap=True``: the second.
+
     Args:
-        f: maps the second stream to twice the first along ``dim``: raw log-scales, then shifts.
-        g: maps the first stream to twice the second; ``None``: the second stream stays as it is (Real NVP, Glow).
+        f: maps the second stream (and the extra arguments) to twice the first along ``dim``: raw log-scales, then shifts.
+        g: maps the first stream to twice the second, in the same order; ``None``: the second stream stays as it is.
         dim: the dimension along which the input is split.
         sizes: the two sizes along ``dim``; equal halves when ``None``.
         swap: ``f`` changes the second stream and ``g`` the first, so that layers of one branch can alternate.

@@ -1,8 +1,8 @@
 """Normalizing flows: what their layers have in common, and containers that compose them.
 
 A flow layer has ``forward(x) -> y``, ``inverse(y) -> x``, ``log_det(x) -> (B,)`` and ``call_and_ladj(x) -> (y, ladj)``
-with ``ladj = log|det dy/dx|`` of each sample, dim 0 being the batch. Couplings have the same methods. The containers
-ask for nothing else, so that any module with them is a flow layer.
+with ``ladj = log|det dy/dx|`` of each sample, dim 0 being the batch, and ``inverse_and_ladj(y) -> (x, ladj)`` with that of the
+inverse. Couplings have the same methods. The containers ask for nothing else, so that any module with them is a flow layer.
 
 References:
     Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019, arXiv:1912.02762), section 2.1.
@@ -21,25 +21,57 @@ from torch import Tensor, nn
 
 from ..errors import RegistrationError, ShapeError, explain
 from ..functional import wide
-from ..registry import invertible
+from ..registry import ACTIVE, LogDet, Registration, counted, invertible
 
-__all__ = ["Flow", "FlowSequential", "MultiScale", "invertible_with_ladj"]
+__all__ = [
+    "Flow",
+    "FlowSequential",
+    "Inverse",
+    "MultiScale",
+    "inverse_of_forward",
+    "inverse_with_ladj",
+    "invertible_with_ladj",
+]
 
 
 def _invert_output(module: nn.Module, output: tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
     return module.inverse(output[0], *args, **kwargs)  # type: ignore[operator]
 
 
-# Marks a ``call_and_ladj`` that saves tensors of its input's size: ``reversible()`` rebuilds them by ``inverse``.
-invertible_with_ladj = invertible(inverse=_invert_output)
+def _call_output(module: nn.Module, output: tuple[Tensor, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return module(output[0], *args, **kwargs)
+
+
+def _ladj_of_inverse(module: nn.Module, output: Any, _: Any, *args: Any, **kwargs: Any) -> Tensor:
+    return -module.log_det(output, *args, **kwargs)  # type: ignore[operator, no-any-return]
+
+
+# Mark methods of a layer that save tensors of their input's size, or that a chain goes through: ``reversible()`` rebuilds what
+# they save by the other direction, so that training by samples takes as little memory as training by data.
+invertible_with_ladj = invertible(inverse=_invert_output, log_det=1)  # call_and_ladj
+inverse_with_ladj = invertible(inverse=_call_output, log_det=1)  # inverse_and_ladj
+inverse_of_forward = invertible(inverse="forward", log_det=_ladj_of_inverse)
+
+
+def count(cls: type[nn.Module]) -> None:
+    """Have `revhooks.log_det` count the calls of what a new layer defines, registered or not."""
+    for method in ("forward", "inverse"):
+        if method in vars(cls):
+            counted(cls, method)
 
 
 class Flow(nn.Module):
     """Base of the flow layers; subclasses define `forward`, `inverse` and `log_det`.
 
+    A layer alone has no density: that is of a `revhooks.flows.Flow`, made of layers and a base distribution.
+
     Shape:
         Input ``(B, *)``, log-abs-det ``(B,)`` in at least float32.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        count(cls)
 
     def inverse(self, y: Tensor) -> Tensor:
         """The input that `forward` maps to ``y``."""
@@ -52,6 +84,11 @@ class Flow(nn.Module):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` and `log_det`."""
         return self(x), self.log_det(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`inverse`, and ``log|det dx/dy|`` of each sample: minus the `log_det` there."""
+        x = self.inverse(y)
+        return x, -self.log_det(x)
 
     def _refuse(self, expected: str, got: str, remedy: str) -> ShapeError:
         return ShapeError(explain(type(self).__name__, expected=expected, got=got, remedy=remedy))
@@ -108,7 +145,31 @@ def _call(layer: nn.Module, name: str, x: Any, args: tuple[Any, ...], kwargs: di
         args = args if positional else ()
         kwargs = kwargs if names is None else {key: value for key, value in kwargs.items() if key in names}
     method = layer if name == "forward" else getattr(layer, name)
+    if not torch.compiler.is_compiling() and ACTIVE.volume is not None and _is_uncounted(layer, name):
+        entry = Registration(type(layer), None, name, log_det=_LADJ_OF.get(name))
+        return ACTIVE.volume.count(entry, lambda _, *args, **kwargs: method(*args, **kwargs), layer, (x, *args), kwargs)
     return method(x, *args, **kwargs)
+
+
+# what a layer that is neither registered nor of this package adds to a `revhooks.log_det`, as it has the methods
+_LADJ_OF: dict[str, LogDet] = {
+    "call_and_ladj": 1,
+    "inverse_and_ladj": 1,
+    "inverse": lambda layer, x, _, *args, **kwargs: -layer.call_and_ladj(x, *args, **kwargs)[1],
+}
+
+
+def _is_uncounted(layer: nn.Module, name: str) -> bool:
+    """Whether no bracket would count a call of a layer."""
+    method = getattr(type(layer), name)
+    is_bracketed = hasattr(method, "__revhooks__") or hasattr(method, "__revhooks_counted__")
+    return not is_bracketed and not isinstance(layer, (FlowSequential, MultiScale, Inverse)) and hasattr(layer, "call_and_ladj")
+
+
+def _no_change(x: Any) -> Tensor:
+    """A log-abs-det of 0 for each sample of a tensor, or of several latents."""
+    first = x if isinstance(x, Tensor) else x[0]
+    return first.new_zeros(first.shape[0], dtype=wide(first.dtype))
 
 
 class FlowSequential(nn.Sequential):
@@ -153,11 +214,19 @@ class FlowSequential(nn.Sequential):
 
     def call_and_ladj(self, x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """All layers in order, and the sum of their log-abs-dets, of shape ``(B,)``."""
-        ladj = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+        ladj = _no_change(x)
         for layer in self:
             x, change = _call(layer, "call_and_ladj", x, args, kwargs)
             ladj = ladj + change
         return x, ladj
+
+    def inverse_and_ladj(self, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The inverses of all layers, last first, and the sum of their log-abs-dets, of shape ``(B,)``."""
+        ladj = _no_change(y)
+        for layer in reversed(list(self)):
+            y, change = _call(layer, "inverse_and_ladj", y, args, kwargs)
+            ladj = ladj + change
+        return y, ladj
 
     def log_det(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The log-abs-det of each sample, of shape ``(B,)``."""
@@ -213,6 +282,26 @@ class MultiScale(nn.Module):
         Raises:
             ShapeError: there are not as many latents as stages.
         """
+        self._check_latents(latents)
+        x: Tensor = _call(self.stages[-1], "inverse", latents[-1], args, kwargs)
+        for stage, latent in zip(reversed(self.stages[:-1]), reversed(latents[:-1]), strict=True):
+            x = _call(stage, "inverse", torch.cat([x, latent], self.dim), args, kwargs)
+        return x
+
+    def inverse_and_ladj(self, latents: Sequence[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The input from its latents, and the sum of the stages' log-abs-dets, of shape ``(B,)``.
+
+        Raises:
+            ShapeError: as in `inverse`.
+        """
+        self._check_latents(latents)
+        x, total = _call(self.stages[-1], "inverse_and_ladj", latents[-1], args, kwargs)
+        for stage, latent in zip(reversed(self.stages[:-1]), reversed(latents[:-1]), strict=True):
+            x, ladj = _call(stage, "inverse_and_ladj", torch.cat([x, latent], self.dim), args, kwargs)
+            total = total + ladj
+        return x, total
+
+    def _check_latents(self, latents: Sequence[Tensor]) -> None:
         if len(latents) != len(self.stages):
             raise ShapeError(
                 explain(
@@ -222,15 +311,11 @@ class MultiScale(nn.Module):
                     remedy="pass what forward returned, or samples of the same shapes",
                 )
             )
-        x: Tensor = _call(self.stages[-1], "inverse", latents[-1], args, kwargs)
-        for stage, latent in zip(reversed(self.stages[:-1]), reversed(latents[:-1]), strict=True):
-            x = _call(stage, "inverse", torch.cat([x, latent], self.dim), args, kwargs)
-        return x
 
     def call_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:
         """The latents, and the sum of the stages' log-abs-dets, of shape ``(B,)``."""
         latents = []
-        total = x.new_zeros(x.shape[0], dtype=wide(x.dtype))
+        total = _no_change(x)
         for stage in self.stages[:-1]:
             y, ladj = _call(stage, "call_and_ladj", x, args, kwargs)
             x, latent = self._halves(y)
@@ -254,3 +339,50 @@ class MultiScale(nn.Module):
                 )
             )
         return y.chunk(2, self.dim)
+
+
+class Inverse(nn.Module):
+    """A flow layer turned round: its ``forward`` is the layer's ``inverse``.
+
+    The inverse of a masked autoregressive layer is the inverse autoregressive flow, fast to sample from.
+
+    Args:
+        layer: a module with ``forward``, ``inverse``, ``call_and_ladj`` and ``inverse_and_ladj``; also a container.
+
+    Shape:
+        Input what the layer returns; output what it takes.
+
+    References:
+        Kingma et al., 2016, arXiv:1606.04934: inverse autoregressive flow.
+
+    Example:
+        >>> from revhooks.nn import ActNorm
+        >>> layer = ActNorm(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(Inverse(layer)(layer(x)), x, atol=1e-6)
+        True
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's inverse."""
+        return _call(self.layer, "inverse", x, args, kwargs)
+
+    def inverse(self, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer."""
+        return _call(self.layer, "forward", y, args, kwargs)
+
+    def call_and_ladj(self, x: Any, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """`forward`, and the log-abs-det of each sample, of shape ``(B,)``."""
+        return _call(self.layer, "inverse_and_ladj", x, args, kwargs)  # type: ignore[no-any-return]
+
+    def inverse_and_ladj(self, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
+        """`inverse`, and the log-abs-det of each sample, of shape ``(B,)``."""
+        return _call(self.layer, "call_and_ladj", y, args, kwargs)  # type: ignore[no-any-return]
+
+    def log_det(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The log-abs-det of each sample, of shape ``(B,)``."""
+        return self.call_and_ladj(x, *args, **kwargs)[1]

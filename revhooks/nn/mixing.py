@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ..errors import InversionError, explain
 from ..functional import wide
-from ..registry import register
-from .flow import Flow, invertible_with_ladj, own_precision
+from ..registry import invertible, register
+from .flow import Flow, inverse_of_forward, inverse_with_ladj, invertible_with_ladj, own_precision
 
 __all__ = ["ActNorm", "InvertibleConv1x1", "InvertibleLinear", "Permute"]
 
@@ -26,7 +26,8 @@ class ActNorm(Flow):
     """``y = exp(log_scale) * x + shift``, a channel at a time, set on the first batch so that ``y`` has mean 0 and variance 1.
 
     The first call in training mode sets the parameters; a channel that does not vary in it, or is not finite, keeps scale 1.
-    Before that call, in evaluation mode too, the layer is the identity. Make it before wrapping the model in
+    Before that call, in evaluation mode too, the layer is the identity; it stays where it is if the inverse is trained before, as
+    in variational inference. Make it before wrapping the model in
     DistributedDataParallel, else every process starts from a batch of its own.
 
     Args:
@@ -76,6 +77,13 @@ class ActNorm(Flow):
 
     def inverse(self, y: Tensor) -> Tensor:
         """``(y - shift) / exp(log_scale)``."""
+        if self.training and not self._known and torch.is_grad_enabled() and not y.is_meta:
+            self.initialized.fill_(True)  # what training has made of the identity is not set anew by a batch
+            self._known = True
+        return self._denormalize(y)
+
+    @invertible(inverse="_normalize", log_det=lambda layer, _, y: -layer.log_det(y))
+    def _denormalize(self, y: Tensor) -> Tensor:
         scale, shift = self._broadcast(y)
         return (y - shift) / scale
 
@@ -117,6 +125,7 @@ class InvertibleLinear(Flow):
         features: the size along ``dim``.
         dim: the dimension that is mixed; any but the batch.
         lu: store the factors of ``W = P L U``, so that it stays invertible and its determinant is a product; else ``W`` itself.
+        generator: what the start is drawn from; torch's own when ``None``.
 
     Shape:
         Input and output ``(B, *)`` with ``features`` in ``dim``; any floating dtype, which is kept, also under autocast.
@@ -141,13 +150,15 @@ class InvertibleLinear(Flow):
     permutation: Tensor
     sign: Tensor
 
-    def __init__(self, features: int, *, dim: int = -1, lu: bool = True) -> None:
+    def __init__(self, features: int, *, dim: int = -1, lu: bool = True, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.features = features
         self.dim = dim
         self.lu = lu
         dtype = torch.get_default_dtype()
-        matrix = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))[0]
+        place = None if generator is None else generator.device
+        drawn = torch.randn(features, features, dtype=torch.float64, generator=generator, device=place)
+        matrix = torch.linalg.qr(drawn.to(torch.get_default_device()))[0]
         if not lu:
             self.weight = nn.Parameter(matrix.to(dtype))
             return
@@ -199,6 +210,7 @@ class InvertibleLinear(Flow):
         """``W x`` along ``dim``."""
         return self._apply_matrix(self.matrix, x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """``W^-1 y`` along ``dim``."""
         return self._apply_matrix(self.inverse_matrix, y)
@@ -220,7 +232,12 @@ class InvertibleLinear(Flow):
     @invertible_with_ladj  # the determinant of a dense matrix saves the matrix's factors
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` and `log_det`."""
-        return super().call_and_ladj(x)
+        return InvertibleLinear.forward(self, x), self.log_det(x)
+
+    @inverse_with_ladj
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`inverse`, and minus the `log_det`."""
+        return super().inverse_and_ladj(y)
 
     def extra_repr(self) -> str:
         """Size, dimension and parametrisation."""
@@ -233,6 +250,7 @@ class InvertibleConv1x1(InvertibleLinear):
     Args:
         channels: how many channels there are.
         lu: as in `InvertibleLinear`.
+        generator: as in `InvertibleLinear`.
 
     Shape:
         Input and output ``(B, C, *)`` with any number of spatial dimensions, none included.
@@ -251,8 +269,8 @@ class InvertibleConv1x1(InvertibleLinear):
         True
     """
 
-    def __init__(self, channels: int, *, lu: bool = True) -> None:
-        super().__init__(channels, dim=1, lu=lu)
+    def __init__(self, channels: int, *, lu: bool = True, generator: torch.Generator | None = None) -> None:
+        super().__init__(channels, dim=1, lu=lu, generator=generator)
 
 
 def _mix(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
@@ -278,8 +296,9 @@ class Permute(Flow):
     """A fixed permutation along one dimension: ``y[i] = x[order[i]]``.
 
     Args:
-        order: the permutation, of the numbers ``0 ... n - 1``.
+        order: the permutation, of the numbers ``0 ... n - 1``; or ``n``, for one at random.
         dim: the dimension that is permuted.
+        generator: what a random one is drawn from; torch's own when ``None``.
 
     Shape:
         Input and output ``(*)``, of size ``n`` in ``dim``; any dtype.
@@ -293,14 +312,19 @@ class Permute(Flow):
         tensor([[12, 10, 11]])
         >>> Permute.reverse(3).inverse(torch.tensor([[10, 11, 12]]))
         tensor([[12, 11, 10]])
-        >>> Permute.random(64)(torch.randn(2, 64, 8, 8)).shape
+        >>> Permute(64, generator=torch.Generator().manual_seed(0))(torch.randn(2, 64, 8, 8)).shape
         torch.Size([2, 64, 8, 8])
     """
 
     permutation: Tensor
 
-    def __init__(self, order: Sequence[int] | Tensor, *, dim: int = 1) -> None:
+    def __init__(self, order: Sequence[int] | Tensor | int, *, dim: int = 1, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        if isinstance(order, int):
+            if order < 1:
+                raise self._refuse("a size of 1 or more", str(order), "pass the size of the dimension")
+            place = None if generator is None else generator.device
+            order = torch.randperm(order, generator=generator, device=place).to(torch.get_default_device())
         permutation = torch.as_tensor(order).detach().clone()
         numbers = torch.arange(permutation.numel()).to(permutation)
         if permutation.dim() != 1 or not (permutation.is_meta or torch.equal(permutation.sort()[0], numbers)):
@@ -311,7 +335,7 @@ class Permute(Flow):
     @classmethod
     def random(cls, size: int, *, dim: int = 1, generator: torch.Generator | None = None) -> Permute:
         """A random permutation."""
-        return cls(torch.randperm(size, generator=generator, device=None if generator is None else generator.device), dim=dim)
+        return cls(size, dim=dim, generator=generator)
 
     @classmethod
     def reverse(cls, size: int, *, dim: int = 1) -> Permute:
@@ -322,6 +346,7 @@ class Permute(Flow):
         """Permute."""
         return self._select(x, self.permutation)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Permute back."""
         return self._select(y, self.permutation.argsort())
@@ -336,7 +361,7 @@ class Permute(Flow):
         return f"{len(self.permutation)}, dim={self.dim}"
 
 
-register(ActNorm, inverse="inverse", method="_normalize", log_det="log_det")
+register(ActNorm, inverse="_denormalize", method="_normalize", log_det="log_det")
 register(InvertibleLinear, inverse="inverse", log_det="log_det")
 # It saves nothing, but what is not registered ends the chain: the output before it and its own would both be held.
 register(Permute, inverse="inverse", log_det="log_det")

@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RegistrationError, ShapeError, explain
+from ..functional import wide
 from ..registry import register
 from .exact import Grid, accelerate, brake, on_grid, ratio_of
 from .keys import TakesKeys
@@ -99,6 +101,11 @@ class MomentumResidual(TakesKeys):
         """
         x = x - v
         return x, (v - self.push(x, v, args, kwargs)) / self.gamma
+
+    def log_det(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """``log|det d(x', v')/d(x, v)|`` of each sample, shape ``(B,)``: ``log(gamma)`` for every element of the velocity."""
+        elements = x.numel() // max(len(x), 1)
+        return x.new_full((), elements * math.log(self.gamma), dtype=wide(x.dtype)).expand(len(x))
 
     def push(self, x: Tensor, v: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """``(1 - gamma) f(x)``.
@@ -186,5 +193,5 @@ class ExactMomentumResidual(MomentumResidual):
         return Grid.of(dtype, self.ratio, self.grid_bits)
 
 
-register(MomentumResidual, inverse="inverse", keeps_zeros=(1,), branches="f")
-register(ExactMomentumResidual, inverse="inverse", keeps_zeros=True, branches="f")
+register(MomentumResidual, inverse="inverse", keeps_zeros=(1,), branches="f", log_det="log_det")
+register(ExactMomentumResidual, inverse="inverse", keeps_zeros=True, branches="f", log_det="log_det")

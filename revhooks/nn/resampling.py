@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import register
-from .flow import own_precision
+from .flow import inverse_of_forward, own_precision
 from .reshape import _Blocks
 
 __all__ = ["HaarDownsampling", "HaarUpsampling", "OrthogonalDownsampling", "OrthogonalUpsampling"]
@@ -96,6 +96,7 @@ class HaarDownsampling(_Haar):
         """Averages and differences."""
         return self._down(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Back from averages and differences."""
         return self._up(y)
@@ -119,6 +120,7 @@ class HaarUpsampling(_Haar):
         """Back from averages and differences."""
         return self._up(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Averages and differences."""
         return self._down(y)
@@ -185,6 +187,7 @@ class OrthogonalDownsampling(_Orthogonal):
         """Transform every block."""
         return self._down(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Transform every block back, by the transposed matrix."""
         return self._up(y)
@@ -218,6 +221,7 @@ class OrthogonalUpsampling(_Orthogonal):
         """From channels to blocks."""
         return self._up(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """From blocks to channels."""
         return self._down(y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError, explain
 from ..registry import register
-from .flow import Flow
+from .flow import Flow, inverse_of_forward
 
 __all__ = ["Flatten", "Pad", "Reshape", "Squeeze", "Unsqueeze"]
 
@@ -77,6 +77,7 @@ class Squeeze(_Blocks):
         """Space to depth."""
         return self._to_depth(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Depth to space."""
         return self._to_space(y)
@@ -103,6 +104,7 @@ class Unsqueeze(_Blocks):
         """Depth to space."""
         return self._to_space(x)
 
+    @inverse_of_forward
     def inverse(self, y: Tensor) -> Tensor:
         """Space to depth."""
         return self._to_depth(y)

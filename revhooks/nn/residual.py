@@ -302,7 +302,7 @@ class InvertibleResidual(nn.Module):
         self._update(x, args, kwargs)
         return self.transform_and_ladj(x, *args, **kwargs)
 
-    @invertible(inverse=lambda block, out, *args, **kwargs: block.inverse(out[0], *args, **kwargs), branches="g")
+    @invertible(inverse=lambda block, out, *args, **kwargs: block.inverse(out[0], *args, **kwargs), branches="g", log_det=1)
     def transform_and_ladj(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`call_and_ladj` as the block stands, without power iteration."""
         record = torch.is_grad_enabled()
@@ -312,6 +312,16 @@ class InvertibleResidual(nn.Module):
             update = self._kept(self._evaluate(source, args, kwargs), x)
             ladj = _exact(source, update) if self.terms is None else self._series(source, update, record=record)
         return x + update, ladj if record else ladj.detach()
+
+    def inverse_and_ladj(self, y: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """`inverse`, and ``log|det dx/dy|`` of each sample: minus that of `call_and_ladj` there.
+
+        What the iteration's last evaluation of ``g`` saves is kept for backward, also under ``reversible()``.
+        """
+        self._update(y, args, kwargs)
+        x = self.inverse(y, *args, **kwargs)
+        alias = x.view_as(x)  # whose gradient, taken inside, does not go by the hook of the inverse
+        return x, -self.transform_and_ladj(alias, *args, **kwargs)[1]
 
     def log_det(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``log|det dy/dx|`` of each sample, shape ``(B,)``, as `call_and_ladj` gives it."""

@@ -339,7 +339,8 @@ class Profile(Watcher):
         """What is done for a module of which nothing is held."""
         if not self._runs:
             return ""
-        if lookup(type(module)) is not None:
+        entry = lookup(type(module))
+        if entry is not None and not entry.replayed:
             return INVERTED
         return REPLAYED if rebuilds else RECOMPUTED
 

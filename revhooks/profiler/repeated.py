@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..adapters import adapt
 from ..registry import lookup
 
 __all__ = ["Repeated", "repeated_blocks", "to_replay"]
@@ -76,6 +77,7 @@ def to_replay(model: nn.Module) -> list[Repeated]:
         >>> [one.name for one in to_replay(nn.Sequential(*couplings))], len(to_replay(nn.Sequential(*plain)))
         ([], 1)
     """
+    adapt()
     chosen: list[Repeated] = []
     touched: set[nn.Module] = set()  # what was chosen, and what lies in it
     for one in repeated_blocks(model):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..adapters import adapt
 from ..context import reversible
 from ..registry import lookup
 from .repeated import repeated_blocks
@@ -108,6 +109,7 @@ def ways_of(model: nn.Module, *, budgets: Sequence[float] = BUDGETS, offload: bo
         >>> [way.name for way in ways_of(model, budgets=[0.5])]
         ['plain', 'reversible()', 'replay=TransformerEncoderLayer', 'budget=50%, replay', 'checkpoint TransformerEncoderLayer']
     """
+    adapt()
     found = [one.cls for one in repeated_blocks(model)[:_CLASSES]]
     replayed = [cls for cls in found if lookup(cls) is None]  # the others are inverted
     ways = [*QUICK]

@@ -40,10 +40,13 @@ from .packing import Packing
 from .passes import NO_PASS, current_pass, is_retained
 from .policy.guard import Fallback
 from .policy.plan import Predicate
-from .tree import leaves_of
+from .tree import leaves_of, tensors_of
 from .whole import FITS, WholeCalls
 
 __all__ = ["Run"]
+
+SMALLEST = 2**16  # bytes: what a call without modules is given, to be worth a frame
+_CALL_AND_LADJ: Registration = Coupling.call_and_ladj.__revhooks__  # type: ignore[attr-defined]
 
 
 class Run(Packing):
@@ -63,6 +66,7 @@ class Run(Packing):
         ops: bool = False,
         budget: float = 0.0,
         offload: bool = False,
+        adapters: bool = True,
     ) -> None:
         make_room()
         shared = Shared(guard=guard, ops=ops, budget=budget, offload=offload)
@@ -75,6 +79,7 @@ class Run(Packing):
         self.replays = _Counter()
         self.second_evaluations = 0
         self._keep = keep
+        self.adapts = adapters
         self._replay = replay
         self._count = 0
         self._frames: weakref.WeakSet[Frame] = weakref.WeakSet()
@@ -85,7 +90,7 @@ class Run(Packing):
         self._latest: weakref.ref[Frame] | None = None  # frame that was opened
         self._newest: Newest | None = None
         self._by_predicate = by_predicate
-        self.options = (ops, budget > 0, keep is None, spec if isinstance(spec, (type, tuple)) else id(spec))
+        self.options = (ops, adapters, budget > 0, keep is None, spec if isinstance(spec, (type, tuple)) else id(spec))
         self._wholes = WholeCalls(self) if WholeCalls.serve(shared) else None
 
     def begin_pass(self) -> None:
@@ -117,19 +122,49 @@ class Run(Packing):
         self,
         entry: Registration,
         original: Callable[..., Any],
-        module: nn.Module,
+        module: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         """Call a registered method inside a frame; plainly where there is nothing to save."""
-        if self._is_plain(args, kwargs) or (self._keep is not None and self._keep(module)):
+        if entry.adapter and not self.adapts:
             return original(module, *args, **kwargs)
-        knows_law = isinstance(module, Coupling) and entry.cls is Coupling
-        if not knows_law and entry.branches is None and has_registered_parts(module):
+        keep = self._keep is not None and isinstance(module, nn.Module) and self._keep(module)
+        if entry.instead is not None and not (keep and entry.prefer == "leave"):
+            original = _in_its_place(entry, original)
+        if keep or entry.prefer == "leave" or self._is_plain(args, kwargs):
+            return original(module, *args, **kwargs)
+        if self._replay is not None and isinstance(module, nn.Module) and self._replay(module):
+            return self.call_named(original, module, args, kwargs)  # by whichever method
+        if entry.least and sum(tensor.nbytes for tensor in tensors_of((args, kwargs))) < entry.least:
+            return original(module, *args, **kwargs)
+        if not isinstance(module, nn.Module):
+            return self._call_object(entry, original, module, args, kwargs)
+        with_ladj = entry is _CALL_AND_LADJ
+        knows_law = with_ladj or (isinstance(module, Coupling) and entry.cls is Coupling)
+        if not knows_law and entry.branches is None and has_registered_parts(module, by_adapters=bool(entry.adapter)):
             return original(module, *args, **kwargs)  # its parts are inverted one by one
         self._count += 1
-        frame: Frame = CouplingFrame(self, module) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
+        frame: Frame = CouplingFrame(self, module, with_ladj) if knows_law else OpaqueFrame(self, module, entry)  # type: ignore[arg-type]
         return self._open(frame, original, args, kwargs)
+
+    def _call_object(
+        self,
+        entry: Registration,
+        original: Callable[..., Any],
+        thing: object,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call a method of something that is no module inside a frame that is run again.
+
+        Not where its modules are kept, or where it has none and its arguments are small: it can save little.
+        """
+        region = Region.of_object(thing, original, known=not entry.assumed)
+        small = not region.roots and sum(tensor.nbytes for tensor in tensors_of((args, kwargs))) < SMALLEST
+        if small or (self._keep is not None and any(map(self._keep, region.roots))):
+            return original(thing, *args, **kwargs)
+        return self.replay(region, args, kwargs)
 
     def invert(self, region: Region, inverse: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function inside a frame that is inverted in backward."""
@@ -155,7 +190,7 @@ class Run(Packing):
     def _open(self, frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._frames.add(frame)
         self._latest = weakref.ref(frame)
-        late = not isinstance(frame, CouplingFrame) and frame.facts.writes_input  # whose streams are its own
+        late = frame.may_write(args, kwargs)
         if not late:
             self.budget.make_room_for_block()
         before = self.ledger.held
@@ -242,6 +277,8 @@ class Run(Packing):
 
     def label(self, module: nn.Module, ordinal: int) -> str:
         """How errors, warnings and reports call a block."""
+        reference = vars(module).get("__revhooks_block__")  # of a twin: what it runs in place of
+        module = (reference() if reference is not None else None) or module
         path = self._name_of(module) if self._name_of is not None else ""
         name = module.function if isinstance(module, FunctionModule) else type(module).__name__
         return f"{path} ({name})" if path else f"block {ordinal} ({name})"
@@ -374,6 +411,11 @@ class Run(Packing):
                 yield ORDINARY, handle.what, op, tensor
 
 
+def _in_its_place(entry: Registration, original: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs in place of a method, where what it saves comes to us."""
+    return original if entry.instead is None or packer() is None or _saves_nothing_of_ours() else entry.instead
+
+
 def _called(frame: Frame, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a frame's call; one that fails leaves no graph in its slots."""
     try:
@@ -397,7 +439,7 @@ def _is_in_another(module: nn.Module) -> bool:
     """Whether a call lies in a frame of one other named module: what lies deeper would be run again once a level."""
     around = packer()
     frame = around.frame if around is not None else None
-    return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.region.roots[0] is not module
+    return isinstance(frame, ReplayFrame) and frame.region.named and not frame.nested and frame.subject is not module
 
 
 class _WithoutModule:
@@ -429,10 +471,27 @@ class _Counter:
         self.count += 1
 
 
-class _Aside:
-    """While something is rebuilt: no frame opens, nothing is saved into one, no grad is recorded."""
+class _Again:
+    """Takes calls of registered methods while something is rebuilt: the same runs in their place as did in forward."""
 
-    __slots__ = ("_active", "_grad", "_inside", "_run")
+    def call(
+        self, entry: Registration, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return _in_its_place(entry, original)(module, *args, **kwargs)
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return original(module, *args, **kwargs)
+
+    call_named = call_module
+
+
+_AGAIN = _Again()
+
+
+class _Aside:
+    """While something is rebuilt: no frame opens, nothing is saved into one, no grad is recorded, no log-det is counted."""
+
+    __slots__ = ("_active", "_grad", "_inside", "_run", "_volume")
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -440,14 +499,14 @@ class _Aside:
     def __enter__(self) -> None:
         around = packer()
         self._inside = around is not None and around.inside
-        self._active, self._grad = ACTIVE.run, torch.is_grad_enabled()
+        self._active, self._volume, self._grad = ACTIVE.run, ACTIVE.volume, torch.is_grad_enabled()
         if self._inside:
             push_hooks(self._run.pack, unpack)
-        ACTIVE.run = None
+        ACTIVE.run, ACTIVE.volume = _AGAIN if self._run.adapts else None, None
         torch._C._set_grad_enabled(False)
 
     def __exit__(self, *_: object) -> None:
-        ACTIVE.run = self._active
+        ACTIVE.run, ACTIVE.volume = self._active, self._volume
         torch._C._set_grad_enabled(self._grad)
         if self._inside:
             pop_hooks()

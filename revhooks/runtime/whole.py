@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..registry import ACTIVE
+from ..registry import ACTIVE, Registration
 from ..state import modules_of
 from ..storage import Ledger
 from ..tracing import is_traced
@@ -34,6 +34,7 @@ class Caller(Home, Protocol):
     """A run, as far as it is asked here."""
 
     place: Callable[[], str] | None  # says where in the model a tensor is saved
+    adapts: bool  # whether it knows the blocks of other libraries
 
     @property
     def options(self) -> object:
@@ -140,7 +141,7 @@ class WholeCalls:
     def _as_it_is(
         self, run: Caller, kind: _Kind, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        active, ACTIVE.run = ACTIVE.run, None
+        active, ACTIVE.run = ACTIVE.run, _WITHOUT_FRAMES if run.adapts else None
         pop_hooks()
         try:
             output = call(args, kwargs)
@@ -183,6 +184,27 @@ class WholeCalls:
         for whole in self._wholes:
             if whole.nbytes:
                 yield whole.what, whole.nbytes
+
+
+class _WithoutFrames:
+    """Takes calls of registered methods where there are neither frames nor hooks.
+
+    What an adapter has in their place runs here, too: a step computes what the steps before it did, which were watched.
+    """
+
+    def call(
+        self, entry: Registration, original: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        runs = entry.instead is not None and torch.is_grad_enabled() and not is_traced()
+        return (entry.instead if entry.instead is not None and runs else original)(module, *args, **kwargs)
+
+    def call_module(self, original: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return original(module, *args, **kwargs)
+
+    call_named = call_module
+
+
+_WITHOUT_FRAMES = _WithoutFrames()
 
 
 class _Begun:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -142,6 +143,15 @@ class Argument:
         whole = self.attributes or is_opaque(tensor) or (type(tensor) is not Tensor and isinstance(tensor, Parameter))
         self.held = Held(run.ledger, _kept(tensor)) if whole else run.hold(tensor)
         self.version = version_of(tensor)
+
+    @property
+    def modified(self) -> bool:
+        """Whether it was, in place, since."""
+        return bool(self.held.version != self.version)
+
+    def hollow(self) -> Tensor:
+        """One without data in its place, so that whatever reads it is found out."""
+        return torch.empty_like(self.held.tensor, device="meta", requires_grad=self.requires_grad)
 
     def again(self, label: str) -> Tensor:
         """The tensor: as the object that it was, if it needs no gradient, else as a fresh leaf.

@@ -7,19 +7,18 @@ the call. What a replay leaves there in turn is undone by itself (`revhooks.effe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ...kinds import is_allocated
 from ...owned import give_attributes
 from ...state import detached_clone
 from ...storage import Held, version_of
-from ..tree import leaves_of
 from .arguments import Argument, Thaw
 from .objects import Former, Objects, Own, Seen
+from .reached import Reads
 
 if TYPE_CHECKING:
     from ..handles.protocols import Keeper
@@ -31,6 +30,8 @@ __all__ = ["Attributes"]
 class Attributes:
     """The attributes of a call's modules, recorded before the call; after it those that it has changed, as they were.
 
+    So are those of an object that is no module, if the call is one of its methods.
+
     They are looked at in a block's first calls, and from then on where one has changed something. Tensors in them are held if
     calls read them: many a module only leaves something there to be looked at.
 
@@ -38,11 +39,12 @@ class Attributes:
         watch: a context for the call, which sees what it reads.
     """
 
-    __slots__ = ("_copies", "_facts", "_formers", "_held", "_objects", "_owns", "_run", "_versions", "watch")
+    __slots__ = ("_copies", "_facts", "_formers", "_held", "_lenient", "_objects", "_owns", "_run", "_versions", "watch")
 
-    def __init__(self, run: Keeper, modules: Sequence[nn.Module], facts: AttributeFacts) -> None:
+    def __init__(self, run: Keeper, modules: Sequence[Any], facts: AttributeFacts) -> None:
         self._run = run
         self._facts = facts
+        self._lenient = not all(isinstance(module, nn.Module) for module in modules)  # the call may not have read it
         self._owns = [Own(module) for module in modules]
         self._objects = Objects.among(self._owns) or Objects(self._owns, deep=False)
         tensors = [tensor for tensor in self._objects.tensors() if is_allocated(tensor)]
@@ -50,7 +52,7 @@ class Attributes:
         self._copies: dict[int, Tensor] = {}
         if facts.writes.possible:
             self._copies = {id(tensor): detached_clone(tensor) for tensor in tensors}
-        self.watch = _Reads(tensors) if tensors and facts.reads.sought and not facts.failed else None
+        self.watch = Reads(tensors) if tensors and facts.reads.sought and not facts.failed else None
         self._held: dict[int, Argument | Seen] = {}
         self._formers: list[tuple[Own, Former]] = []
 
@@ -99,6 +101,8 @@ class Attributes:
         """Put back what the call found, and afterwards what is there now."""
 
         def again(part: Argument | Seen) -> Tensor:
+            if isinstance(part, Argument) and part.modified and self._lenient:
+                return part.hollow()
             tensor = part.again("a module")
             return tensor.clone() if self._facts.writes.found else tensor  # no leaf: it may be written to
 
@@ -111,19 +115,3 @@ class Attributes:
         finally:
             for own, values in now:
                 give_attributes(own.module, values, own.names)
-
-
-class _Reads(TorchFunctionMode):
-    """Sees which of some tensors are used."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._watched = {id(tensor) for tensor in tensors}
-        self.ids: set[int] = set()
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.ids.update(id(leaf) for leaf in leaves_of((args, kwargs)) if id(leaf) in self._watched)
-        return func(*args, **kwargs)

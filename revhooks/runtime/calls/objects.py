@@ -159,7 +159,7 @@ class Objects:
 
 
 class Own:
-    """A module's own attributes, which a call may change as it may an object among its arguments.
+    """The own attributes of a module, or of an object whose method is called, which a call may change as it may an argument.
 
     Attributes:
         module: whose they are.
@@ -168,7 +168,7 @@ class Own:
 
     __slots__ = ("module", "names")
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.names: Set[str] | None = None
 

@@ -62,14 +62,21 @@ class CallState:
     )
 
     def __init__(
-        self, frame: Called, roots: Sequence[nn.Module], facts: Facts, *, local: bool = False, owned: bool = True
+        self,
+        frame: Called,
+        roots: Sequence[nn.Module],
+        facts: Facts,
+        *,
+        local: bool = False,
+        owned: bool = True,
+        things: Sequence[object] = (),
     ) -> None:
         self._device = frame.device
         self.facts = facts
         modules = self._modules = modules_of(roots)
         self._buffers = Buffers(modules, frame.external, closely=facts.writes_parameters, owned=owned)
         known = facts.attributes[bool(roots) and roots[0].training]
-        self._attributes = Attributes(frame.run, modules, known) if known.changes.possible else None
+        self._attributes = Attributes(frame.run, [*modules, *things], known) if known.changes.possible else None
         self._modes = Modes.of_call(frame.device) if local else frame.modes
         self._precision = frame.precision
         self.grad = torch.is_grad_enabled()

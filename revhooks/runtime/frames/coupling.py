@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -152,8 +153,9 @@ class CouplingFrame(ModuleFrame):
 
     module: Coupling
 
-    def __init__(self, run: Home, module: Coupling) -> None:
+    def __init__(self, run: Home, module: Coupling, with_ladj: bool = False) -> None:
         super().__init__(run, module)
+        self._with_ladj = with_ladj  # of a call of `Coupling.call_and_ladj`
         self.branches: list[_Branch] = []
         self.arguments: Arguments | None = None
         self.output: Value | None = None
@@ -176,6 +178,10 @@ class CouplingFrame(ModuleFrame):
 
     # -- forward
 
+    def may_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Its streams are its own."""
+        return False
+
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the steps, each branch into its own slots."""
         x, args, kwargs = _first_argument(args, kwargs)
@@ -190,10 +196,12 @@ class CouplingFrame(ModuleFrame):
         place = steps[0].source if steps else 1
         untouched = None if self.is_chain else streams[place].detach()  # of a block, what its first branch gets
         watch = RangeWatch(self.module)
+        ladj = self.module.no_ladj(x) if self._with_ladj else None
         for index, step in enumerate(steps):
             if index and self.is_chain:
                 self._step_ends(index, streams)
-            self._forward_step(index, step, streams, args, kwargs)
+            change = self._forward_step(index, step, streams, args, kwargs)
+            ladj = ladj + change if ladj is not None and change is not None else ladj
             watch.see(index, streams[step.target])
         watch.close()
         y = self.module.join(streams)
@@ -206,7 +214,7 @@ class CouplingFrame(ModuleFrame):
             self.output = Value(self.run, y, ANCHOR, self.label)
             self.output.grid_bits = self.module.grid_bits
             self.output.follows_head = self.has_head
-        return y
+        return y if ladj is None else (y, ladj)
 
     def _open(self, x: Tensor, streams: list[Tensor]) -> None:
         self.sizes = [stream.shape[self.module.dim] for stream in streams]
@@ -216,7 +224,9 @@ class CouplingFrame(ModuleFrame):
         if not x.is_inference() and any(storage_key(stream) == self._input_key for stream in streams):
             self._input_probe, self._input_version = version_probe(x), x._version
 
-    def _forward_step(self, index: int, step: Step, streams: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _forward_step(
+        self, index: int, step: Step, streams: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
         source, target = streams[step.source], streams[step.target]
         branch = _Branch(self, index, step, source, target)
         self.branches.append(branch)
@@ -231,12 +241,10 @@ class CouplingFrame(ModuleFrame):
         branch.slots.close(self, branch.state.facts, key)
         branch.learn_ownership(update, source)
         branch.state.finish(self.moved)
-        if branch.glue is None:
-            streams[step.target] = step.apply(target, update)
-        else:
-            with saving_to(branch.glue, self):
-                streams[step.target] = step.apply(target, update)
-            branch.glue.close(self, self.facts, ("glue", key))
+        with contextlib.nullcontext() if branch.glue is None else saving_to(branch.glue, self):
+            streams[step.target], change = self._apply(step, target, update)
+        if branch.glue is not None:
+            branch.glue.close(self, self.facts, ("glue", self._with_ladj, key))
         if branch.target is not None or (branch.first and self.has_head):
             branch.output = self.sample(update)
         self._look_for_surprises(branch, target, before, written=version_of(source) != version)
@@ -244,6 +252,11 @@ class CouplingFrame(ModuleFrame):
             self._replace_source(branch, self._hold(source.detach().clone()))
         if objects is not None and objects.changed():
             branch.keep(CHANGES_OBJECT, self._hold(target.detach()))
+        return change
+
+    def _apply(self, step: Step, target: Tensor, update: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The stream after a step, and how the step changes volume, if that is asked for."""
+        return step.apply_and_ladj(target, update) if self._with_ladj else (step.apply(target, update), None)
 
     def _look_for_surprises(self, branch: _Branch, target: Tensor, before: Tensor | None, *, written: bool) -> None:
         """Keep a step that did what was not foreseen: it cannot be repeated."""
@@ -524,10 +537,12 @@ class CouplingFrame(ModuleFrame):
         target = previous.detach().requires_grad_(branch.wants_grad[1])
         update = update.detach().requires_grad_(update.requires_grad)
 
-        def call() -> Tensor:
-            return glue.fill(lambda: branch.step.apply(target, update), transient=transient)
+        def call() -> Any:
+            return glue.fill(lambda: self._apply(branch.step, target, update), transient=transient)
 
-        branch.state.repeat(call, grad=True, reach=(branch.step.law.forward,))
+        law = branch.step.law
+        functions = (law.forward, law.log_det, law.call_and_ladj) if self._with_ladj else (law.forward,)
+        branch.state.repeat(call, grad=True, reach=functions)
 
     def _guard(self, branch: _Branch, previous: Tensor, after: Tensor | None) -> None:
         if branch.sample is None:

@@ -139,6 +139,10 @@ class Frame(abc.ABC):
             self.learn_to_go()
         return self.released
 
+    def may_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether its call, which is still to come, may change its arguments in place."""
+        return self.facts.writes_input
+
     def learn_to_go(self) -> None:
         """It is let go of before backward comes: so will the next ones be."""
         if self.stays:

@@ -65,17 +65,21 @@ def _children(module: nn.Module) -> dict[nn.Module, None]:
     return found
 
 
-def has_registered_parts(module: nn.Module) -> bool:
-    """Whether a block is a container of registered ones: its children, those in its lists, or all in a sequence of its."""
-    return any(_is_registered(part) or _is_sequence(part) for part in _children(module))
+def has_registered_parts(module: nn.Module, *, by_adapters: bool = True) -> bool:
+    """Whether a block is a container of registered ones: its children, those in its lists, or all in a sequence of its.
+
+    Without those that are registered ``by_adapters``: what somebody registers is inverted, whatever it is made of.
+    """
+    return any(_is_registered(part, by_adapters) or _is_sequence(part, by_adapters) for part in _children(module))
 
 
-def _is_registered(module: nn.Module) -> bool:
-    return lookup(type(module)) is not None or hasattr(type(module).forward, "__revhooks__")
+def _is_registered(module: nn.Module, by_adapters: bool) -> bool:
+    entry = lookup(type(module)) or getattr(type(module).forward, "__revhooks__", None)
+    return entry is not None and (by_adapters or not entry.adapter)
 
 
-def _is_sequence(part: nn.Module) -> bool:
-    return isinstance(part, nn.Sequential) and len(part) > 0 and all(map(_is_registered, part))
+def _is_sequence(part: nn.Module, by_adapters: bool) -> bool:
+    return isinstance(part, nn.Sequential) and len(part) > 0 and all(_is_registered(one, by_adapters) for one in part)
 
 
 def deeper(modules: list[nn.Module]) -> list[nn.Module]:

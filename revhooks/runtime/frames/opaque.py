@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["OpaqueFrame"]
 
 _PLAIN_TYPES = (bool, int, float, str, type(None))
+_OVER_BUDGET = "over budget"  # of a key: what is replayed by preference is inverted
 _SMALL = 16  # an input of so small a part of what the block saves may be kept
 _WORTH = 160  # and of so small a part for each evaluation that this spares
+_TINY = 64  # an input of so small a part of it is kept, whatever its inverse costs
 
 
 class OpaqueFrame(ModuleFrame):
@@ -50,6 +52,7 @@ class OpaqueFrame(ModuleFrame):
     def __init__(self, run: Home, module: nn.Module, entry: Registration, facts: Facts | None = None) -> None:
         super().__init__(run, module, facts)
         self.entry = entry
+        self.key: tuple[object, ...] = ()
         self.glue = Slots(self, 0)
         self.calls: list[Call] = []
         self.outputs: list[Value] = []
@@ -71,6 +74,11 @@ class OpaqueFrame(ModuleFrame):
 
     # -- forward
 
+    def may_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """As such calls did."""
+        self.key = (self.entry.method, *_key_of(self.module, args, kwargs))
+        return self.facts.writes(self.key)
+
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block, each branch's call into its own slots, and try the inverse the first time."""
         tensors = tensors_of((args, kwargs))
@@ -78,9 +86,10 @@ class OpaqueFrame(ModuleFrame):
         self.begin(tensors[0].device if tensors else torch.device("cpu"))
         self._original = original
         self._places = places_of(original, args, kwargs)
-        versions = [version_of(t) for t in tensors]
+        versions, key = [version_of(t) for t in tensors], self.key
         self.input_keys.update(storage_key(t) for t in tensors)
-        self.key = (self.entry.method, *_key_of(self.module, args, kwargs))
+        if self.entry.prefer == "replay" and self._is_over_budget():
+            self.key = (_OVER_BUDGET, *self.key)
         known = self.facts.inversion(self.key)
         self.state = CallState(self, (self.module,), self.facts)
         strays: list[nn.Module] = []
@@ -90,8 +99,9 @@ class OpaqueFrame(ModuleFrame):
         for state in (self.state, *(call.state for call in self.calls)):
             if state.surprise:
                 self.keep(state.surprise)
-        self.facts.writes_input = [version_of(t) for t in tensors] != versions
-        if self.facts.writes_input:
+        writes = [version_of(t) for t in tensors] != versions
+        self.facts.learn_writes(key, writes)
+        if writes:
             self.keep("it changes its input in place")
         if objects is not None and objects.changed():
             self.keep(CHANGES_OBJECT)
@@ -208,7 +218,7 @@ class OpaqueFrame(ModuleFrame):
         trial = Trial(self, self.children, self.calls, self.state, strays)
         known = trial.run(self.entry, output, args, kwargs, self._places)
         known = known._replace(differentiated=frozenset(i for i, call in enumerate(self.calls) if call.takes_gradient))
-        if known.problem and self.run.guard.mode == "raise":
+        if known.problem and self.run.guard.mode == "raise" and not self.entry.assumed:
             raise InversionError(
                 explain(
                     self.label,
@@ -225,15 +235,21 @@ class OpaqueFrame(ModuleFrame):
             return known
         self.facts.learn_inversion(self.key, known)
         if known.problem:
-            self.facts.keep(self.key, self.label, known.problem)
+            self.facts.keep(self.key, self.label, known.problem, warn=not self.entry.assumed)
         return known
 
+    def _is_over_budget(self) -> bool:
+        """Whether inputs that are kept are more than the bytes that somebody allows."""
+        return self.entry.inverse is not None and 0 < self.run.budget.limit < self.run.ledger.held
+
     def _is_cheaply_replayed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether to keep the input takes little memory, and spares a costly inverse (DESIGN section 7)."""
-        cost = self.entry.cost
+        """Whether to keep the input takes little memory, or spares a costly inverse (DESIGN section 7)."""
+        cost, prefer = self.entry.cost, self.entry.prefer
+        if self.entry.inverse is None or prefer is not None:
+            return self.entry.inverse is None or (prefer == "replay" and self.key[0] is not _OVER_BUDGET)
         given = sum(tensor.nbytes for tensor in tensors_of(leading(in_order(self._places, args, kwargs))))
         saved = sum(slots.packed_bytes for slots in self.all_slots())
-        return cost > 0 and given * _SMALL <= saved and given * _WORTH <= saved * cost
+        return given * _TINY <= saved or (cost > 0 and given * _SMALL <= saved and given * _WORTH <= saved * cost)
 
     # -- between
 
@@ -328,9 +344,8 @@ class OpaqueFrame(ModuleFrame):
             value.check_intact()
         self._check_inputs()
         self.run.inversions.add(self)
-        copies = [value.tensor().clone() for value in self.outputs]  # Rule 11
         memo: dict[int, Any] = {}
-        inputs = self._accept(self._run_inverse(copies, memo if fill else None, transient=transient))
+        inputs = self._accept(self._run_inverse(memo if fill else None, transient=transient))
         for index in [index for index in memo if not self.calls[index].slots.intact()]:  # the inverse has written to its input
             del memo[index]
             self.run.second_evaluations += 1
@@ -340,9 +355,10 @@ class OpaqueFrame(ModuleFrame):
             self._replay([held.tensor for held in inputs], memo, samples, transient=transient)
         return inputs
 
-    def _run_inverse(self, copies: list[Tensor], memo: dict[int, Any] | None, *, transient: bool) -> Any:
+    def _run_inverse(self, memo: dict[int, Any] | None, *, transient: bool) -> Any:
         """Run the inverse; branches that it calls as forward did fill their slots, and their results go to ``memo``."""
         args, kwargs = split(self._places[len(self._inputs) : self.inversion.way.held], *self._arguments())
+        copies = [value.tensor().clone() for value in self.outputs]  # Rule 11
         places, (leaves, again) = iter(copies), self._shape
         output = again(next(places) if leaf is None else leaf.value for leaf in leaves)
         outputs = {storage_key(copy) for copy in copies}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from itertools import islice
-from types import ModuleType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
+from ...errors import ModifiedError, explain
 from ...registry import ACTIVE
 from ...storage import is_near, is_opaque, version_of
 from ..calls.arguments import Arguments, runs_out
 from ..calls.objects import Objects
+from ..calls.reached import Lent, Reads, reached
 from ..calls.state import CallState
 from ..handles.evidence import rotation
 from ..handles.local import Give, packer, saving_to, surrounding
@@ -42,14 +44,15 @@ _SHARE = 16  # of what the call's arguments take, a tail may take one part
 class Region:
     """What is to be run again: a function, the modules whose state it depends on, and what is known of it."""
 
-    __slots__ = ("call", "facts", "name", "named", "owned", "roots", "training")
+    __slots__ = ("call", "facts", "name", "named", "owned", "roots", "tensors", "things", "training")
 
     def __init__(self, fn: Callable[..., Any], args: Any) -> None:
         self.call = fn
+        self.things: tuple[object, ...] = ()  # no modules, whose attributes it depends on
         self.named = False  # by its class, not by a call of `checkpoint`, which is obeyed
         owner = _owner_of(fn)
         self.owned = owner is not None  # else the modules are those that it may call, not those that it does
-        self.roots = [owner] if owner is not None else list(_modules_reached(fn, args))
+        self.roots, self.tensors = ([owner], []) if owner is not None else reached(fn, args)
         self.name = type(fn).__name__ if isinstance(fn, nn.Module) else getattr(fn, "__qualname__", type(fn).__name__)
         self.training = owner.training if owner is not None else True
         self.facts = _facts_about(fn)
@@ -59,9 +62,22 @@ class Region:
         """A module's call, by a method of its class."""
         region = cls.__new__(cls)
         region.call = functools.partial(forward, module)
+        region.tensors, region.things = [], ()
         region.named = region.owned = True
         region.roots, region.name, region.training = [module], type(module).__name__, module.training
         region.facts = facts_of(module)
+        return region
+
+    @classmethod
+    def of_object(cls, thing: object, method: Callable[..., Any], *, known: bool) -> Region:
+        """A call of a method of something that is no module: the modules are those that it holds or may call.
+
+        Unless its class is ``known``, one of its methods may read what another one has left in an attribute.
+        """
+        region = cls(MethodType(method, thing), ())
+        region.named, region.name, region.things = True, type(thing).__name__, (thing,)
+        if not known:
+            region.facts.look_again(again=False)
         return region
 
     def module(self) -> nn.Module:
@@ -93,45 +109,6 @@ def _facts_about(fn: Callable[..., Any]) -> Facts:
     return Facts() if key is None else facts_of(key, many=not isinstance(fn, nn.Module))
 
 
-def _modules_reached(fn: Any, args: Any) -> dict[nn.Module, None]:
-    """The modules in a function's closure, globals, defaults and arguments, and in the objects there."""
-    found: dict[nn.Module, None] = {}
-    seen: set[int] = set()
-    stack = [(fn, True), (args, False)]  # whether functions are looked into
-    while stack and len(seen) < _MOST:
-        thing, inside = stack.pop()
-        if id(thing) in seen or isinstance(thing, (Tensor, type, ModuleType, str, int, float)):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            found[thing] = None
-        elif isinstance(thing, (tuple, list)):
-            stack += [(part, inside) for part in thing[:_MOST]]
-        elif isinstance(thing, dict):
-            stack += [(part, inside) for part in islice(thing.values(), _MOST)]
-        elif isinstance(thing, functools.partial):
-            stack += [(thing.func, inside), (thing.args, inside), (thing.keywords, inside)]
-        elif inspect.ismethod(thing):
-            stack += [(thing.__self__, inside), (thing.__func__, inside)]
-        elif not inspect.isfunction(thing):
-            stack += [(part, False) for part in getattr(thing, "__dict__", {}).values()]
-        elif inside:
-            stack += [(cell.cell_contents, True) for cell in thing.__closure__ or () if _is_filled(cell)]
-            stack += [(thing.__globals__.get(name), False) for name in thing.__code__.co_names]
-            stack.append((thing.__defaults__, True))
-    return found
-
-
-_MOST = 200  # things to look at, for a call that is to cost microseconds
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
-
-
 class ReplayFrame(Frame):
     """One call of a function whose saved tensors are dropped at once, and recomputed from its arguments.
 
@@ -145,28 +122,31 @@ class ReplayFrame(Frame):
     def __init__(self, run: Home, region: Region) -> None:
         super().__init__(run, region.facts, training=region.training)
         self.region = region
-        self.slots = slots_for(self, 0, replayed=True)
+        # what an object's method saves is many small tensors: to look for recipes among them takes longer than it spares
+        self.slots = slots_for(self, 0, replayed=not region.things)
         around = packer()
         self.nested = around is not None and around.inside
         self.exact = around is None or around.exact
         self.held = Arguments(run, (), {})
         self._sketch: Sketch | None = None  # of what it saved, by which a replay is known
         self._elements: dict[int, Elements] = {}  # the same of some of it
+        self._lent: Lent | None = None  # what an object's method may read
         self._tail: Tail | None = None  # before which a replay ends
         self._given = 0  # bytes of its arguments
+        self._volume = ACTIVE.volume.muted() if ACTIVE.volume is not None else None  # blocks in it give their log-dets as well
         self._early_stop = torch_checkpoint._enable_checkpoint_early_stop is not False
 
     @property
     def subject(self) -> nn.Module | None:
         """The module that is run again, if it was named by its class."""
-        return self.region.roots[0] if self.region.named else None
+        return self.region.roots[0] if self.region.named and self.region.owned else None
 
     @property
     def label(self) -> str:
         """How errors and reports call it."""
         if self.subject is not None:
             return self.run.label(self.subject, self.ordinal)
-        return f"checkpoint {self.ordinal} ({self.region.name})"
+        return f"{'block' if self.region.named else 'checkpoint'} {self.ordinal} ({self.region.name})"
 
     def call(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function, keep its arguments, and let go of what it saved."""
@@ -179,7 +159,10 @@ class ReplayFrame(Frame):
         if objects is not None:
             tensors += objects.tensors()
         versions = [version_of(tensor) for tensor in tensors]
-        self.state = CallState(self, self.region.roots, self.region.facts, owned=self.region.owned)
+        region = self.region
+        self.state = CallState(self, region.roots, self.facts, owned=region.owned, things=region.things)
+        if region.things:
+            self._lent = Lent(region.roots, region.tensors)
         with saving_to(self.slots, self), self.state.watched():
             output = original(*args, **kwargs)
         self.slots.close(self, self.facts, _key_of(tensors), output)
@@ -252,11 +235,13 @@ class ReplayFrame(Frame):
         self.run.replays.add(self)
 
         def call() -> Any:
-            outer, ACTIVE.run = ACTIVE.run, self.run  # for the modules inside that were named
+            outer, volume = ACTIVE.run, ACTIVE.volume
+            ACTIVE.run, ACTIVE.volume = self.run, self._volume  # for the modules inside that were named, or counted
             try:
-                return self.region.call(*args, **kwargs)
+                with lent or contextlib.nullcontext():
+                    return self.region.call(*args, **kwargs)
             finally:
-                ACTIVE.run = outer
+                ACTIVE.run, ACTIVE.volume = outer, volume
 
         def fill() -> None:
             if self._tail is None:
@@ -264,9 +249,12 @@ class ReplayFrame(Frame):
             else:
                 slots.fill_and_stop(call, self._tail, transient=transient)
 
+        lent = self._lent.reads() if self._lent is not None else None
         try:
             self.state.repeat(fill, grad=True, reach=(self.region.call, args, kwargs))
+            _refuse_if_read(lent, self.label)
         except Exception as problem:
+            _refuse_if_read(lent, self.label)
             if not isinstance(problem, torch.OutOfMemoryError):
                 self.look_again()
                 problem.add_note(f"It came from the replay of {self.label}; its call in forward did not raise it.")
@@ -297,6 +285,19 @@ class ReplayFrame(Frame):
         why = self.why_kept or ("rebuilt for backward" if self.released else NEWEST)
         for saved in self.slots.held():
             yield why, self.label, saved
+
+
+def _refuse_if_read(lent: Reads | None, label: str) -> None:
+    """Raise if a replay has read what was modified since the call."""
+    if lent is not None and lent.ids:
+        raise ModifiedError(
+            explain(
+                f"{label}: a parameter or tensor that it holds has been modified by an inplace operation",
+                expected="the values that its call used, for it is run again",
+                got="values changed since",
+                remedy="run backward before optimizer.step() or what else changes it",
+            )
+        ) from None
 
 
 def _key_of(tensors: list[Tensor]) -> object:

@@ -58,7 +58,7 @@ class Trial:
                 inverse = entry.resolve(frame.module)
             except RevhooksError as error:
                 return Inversion(0, (), str(error))
-            for way in ways(output, arguments, named=isinstance(entry.inverse, str)):
+            for way in ways(output, arguments, named=isinstance(entry.inverse, str), inputs=entry.inputs):
                 rest = split(places[: way.held], args, kwargs)
                 if way.fits(inverse, output, *rest):
                     tried = self._try(way, inverse, output, *rest, arguments[: way.held])

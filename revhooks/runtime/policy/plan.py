@@ -120,6 +120,7 @@ class Facts:
         "_goes",
         "_inversions",
         "_many",
+        "_writes",
         "_zeros",
         "attributes",
         "calls",
@@ -141,6 +142,7 @@ class Facts:
         self._draws: dict[bool, Draws] = {}
         self._inversions: dict[object, Inversion] = {}
         self._goes = -1.0  # the largest budget at which what it saves was let go of before backward came
+        self._writes: dict[object, bool] = {}  # whether calls with such arguments write into these
         self._zeros: dict[object, Finding] = {}  # exact zeros in what comes in at a place
         self.attributes = (AttributeFacts(), AttributeFacts())  # of its modules in eval mode, and in training
         self._branches: dict[str, list[weakref.ref[nn.Module]]] = {}
@@ -176,6 +178,16 @@ class Facts:
         if self._convolves is None:
             self._convolves = self._many or look()
         return self._convolves
+
+    def writes(self, key: object) -> bool:
+        """Whether a call with such arguments may change them in place: one direction of a block may, and the other not."""
+        return self._writes.get(key, True)
+
+    def learn_writes(self, key: object, writes: bool) -> None:
+        """Remember whether one did."""
+        if len(self._writes) >= 64:
+            self._writes.clear()
+        self._writes[key] = writes
 
     def has_zeros(self, place: object, look: Callable[[], bool] | None) -> bool:
         """Whether what comes in at a place has exact zeros: it did once, or ``look`` says so in the first calls.

@@ -73,17 +73,18 @@ def split(places: Sequence[Place], args: tuple[Any, ...], kwargs: dict[str, Any]
     return args[sum(isinstance(place, int) for place in places) :], {k: v for k, v in kwargs.items() if k not in places}
 
 
-def ways(output: Any, arguments: Sequence[Any], *, named: bool) -> Iterator[Way]:
+def ways(output: Any, arguments: Sequence[Any], *, named: bool, inputs: int | None = None) -> Iterator[Way]:
     """The sensible ways of calling an inverse, the documented one first.
 
     Args:
         output: what the block returned.
         arguments: its arguments, in order.
         named: the inverse is a method of the block, which gets outputs one by one; a function gets them as they are.
+        inputs: how many leading arguments it gives back, if that is known.
     """
     most = len(leading(arguments))
     size = len(output) if isinstance(output, (tuple, list)) else 1
-    counts = [count for count in dict.fromkeys([size, 1, *range(most, 0, -1)]) if 0 < count <= most]
+    counts = [count for count in dict.fromkeys([size, 1, *range(most, 0, -1)]) if 0 < count <= most and inputs in (None, count)]
     if not named or not isinstance(output, (tuple, list)):
         return (Way(None, False, count) for count in counts)
     fewer = range(size - 1, 0, -1)

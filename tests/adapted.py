@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import random
 import warnings
@@ -65,7 +66,8 @@ def train(
                 value = loss(model)
                 trained.held = run.stats if run is not None else None
                 value.backward()
-        gc.collect()  # a transform of zuko's and its inverse hold each other, in plain autograd as well
+        if step == steps - 1:
+            gc.collect()  # a transform of zuko's and its inverse hold each other, in plain autograd as well
         trained.stats = run.stats if run is not None else None
         trained.losses.append(value.item())
         trained.grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
@@ -118,6 +120,11 @@ def compare(
 
 def real(*shape: int) -> Tensor:
     """Real data of a shape, float64: rows of scikit-learn's digits, dequantised and standardised, or cuts of its photographs."""
+    return _real(*shape).clone()
+
+
+@functools.cache
+def _real(*shape: int) -> Tensor:
     from sklearn.datasets import load_digits, load_sample_images
 
     generator = torch.Generator().manual_seed(3)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks.adapters import adapter_of
 from revhooks.registry import entry_of, registered
-from tests.adapted import TOLERANCE, assert_alike, compare, train
+from tests.adapted import TOLERANCE, assert_alike, compare, real, train
 from tests.conftest import Count
 
 pytest.importorskip("FrEIA", reason="FrEIA is not installed")
@@ -185,7 +185,7 @@ def test_a_sequence_holds_little_and_evaluates_twice() -> None:
             Fm.AllInOneBlock,
             subnet_constructor=lambda i, o: Count(nn.Sequential(nn.Linear(i, 64), nn.ReLU(), nn.Linear(64, o))),
         )
-    trained = compare(inn, nll(torch.randn(128, 64)), tol=1e-5)
+    trained = compare(inn, nll(real(128, 64).float()), tol=1e-5)
     assert trained.share < 0.1
     assert trained.peak < 0.11
     assert trained.stats.inversions > 12
@@ -203,7 +203,7 @@ def test_all_of_a_chain_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from revhooks.runtime.frames import opaque
 
     monkeypatch.setattr(opaque, "_TINY", 1 << 40)  # small inputs are no reason to keep them
-    trained = compare(inn.double(), nll(torch.randn(BATCH, *IMAGE, dtype=torch.float64)))
+    trained = compare(inn.double(), nll(real(BATCH, *IMAGE)))
     assert trained.stats.replays <= 3
 
 
@@ -239,7 +239,7 @@ def graph(*, split: bool, condition: bool, force: bool = False) -> Any:
 @pytest.mark.parametrize("split", [False, True])
 def test_graphs(split: bool, condition: bool, rev: bool) -> None:
     inn = graph(split=split, condition=condition)
-    x = torch.randn(BATCH, 8, dtype=torch.float64)
+    x = real(BATCH, 8)
     c = torch.randn(BATCH, 3, dtype=torch.float64) if condition else None
 
     def loss(inn: Any) -> Tensor:
@@ -252,7 +252,7 @@ def test_graphs(split: bool, condition: bool, rev: bool) -> None:
 
 
 def test_a_graph_returns_what_it_does_outside() -> None:
-    x, c = torch.randn(BATCH, 8, dtype=torch.float64), [torch.randn(BATCH, 3, dtype=torch.float64)]
+    x, c = real(BATCH, 8), [torch.randn(BATCH, 3, dtype=torch.float64)]
     for force in (False, True):
         inn = graph(split=False, condition=True, force=force)
         for options in ({}, {"jac": False}, {"rev": True}, {"rev": True, "jac": False}):
@@ -273,7 +273,7 @@ def test_a_graph_returns_what_it_does_outside() -> None:
 
 def test_a_graph_refuses_what_it_does_outside() -> None:
     inn = graph(split=False, condition=True)
-    x, c = torch.randn(BATCH, 8, dtype=torch.float64), torch.randn(BATCH, 3, dtype=torch.float64)
+    x, c = real(BATCH, 8), torch.randn(BATCH, 3, dtype=torch.float64)
     for args in ((x,), ((x, x), c), (x[:, :4], c)):
         with pytest.raises(Exception) as outside:
             inn(*args)
@@ -296,13 +296,13 @@ def test_a_graph_lets_go_of_what_is_used() -> None:
     for module in inn.module_list:
         module.register_forward_hook(note)
     with revhooks.reversible():
-        inn(torch.randn(BATCH, 8, dtype=torch.float64))
+        inn(real(BATCH, 8))
     assert max(alive) <= 3
 
 
 def test_the_old_names_of_graphs_and_sequences() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    x = torch.randn(BATCH, 8, dtype=torch.float64)
+    x = real(BATCH, 8)
     nodes = [Ff.InputNode(8)]
     for _ in range(5):
         nodes.append(Ff.Node(nodes[-1], Fm.NICECouplingBlock, {"subnet_constructor": dense}))
@@ -325,7 +325,7 @@ def test_a_sequence_in_a_graph() -> None:
     nodes += [Ff.Node(nodes[-1], sequence, {})]
     nodes += [Ff.Node(nodes[-1], sequence, {})]
     inn = Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1])]).double()
-    trained = compare(inn, nll(torch.randn(BATCH, 8, dtype=torch.float64)))
+    trained = compare(inn, nll(real(BATCH, 8)))
     assert trained.share < 0.4
     assert trained.held.frames == 6
 
@@ -350,7 +350,7 @@ def test_a_block_of_ones_own_that_is_made_of_a_sequence() -> None:
     inn = Ff.SequenceINN(8)
     inn.append(Around)
     inn.append(Around)
-    trained = compare(inn.double(), nll(torch.randn(BATCH, 8, dtype=torch.float64)))
+    trained = compare(inn.double(), nll(real(BATCH, 8)))
     assert trained.held.frames == 6
     assert trained.share < 0.4
 
@@ -383,7 +383,7 @@ def test_arguments_by_position_and_by_keyword(call: str, rev: bool) -> None:
                 total = total + log_det
             return given[0].square().mean() - 0.01 * total.mean()
 
-    x = torch.randn(BATCH, *IMAGE, dtype=torch.float64)
+    x = real(BATCH, *IMAGE)
     assert compare(Net().double(), lambda net: net(x)).stats.frames
 
 
@@ -413,7 +413,7 @@ def test_the_residual_of_an_iresnet_is_evaluated_once_more() -> None:
         inn.append(Fm.IResNetLayer, internal_size=32)
     for layer in inn:
         layer.residual = Count(layer.residual)
-    x = torch.randn(BATCH, 8, dtype=torch.float64)
+    x = real(BATCH, 8)
     trained = train(inn.double(), nll(x), reverse=True)
     assert_alike(train(inn, nll(x), reverse=False), trained, 1e-9)
     assert max(trained.calls) == 22  # twenty for the log-det
@@ -472,7 +472,7 @@ def test_blocks_of_ones_own(cls: type, guard: str) -> None:
     inn = Ff.SequenceINN(8)
     for _ in range(6):
         inn.append(cls)
-    x = torch.randn(BATCH, 8, dtype=torch.float64)
+    x = real(BATCH, 8)
     trained = train(inn.double(), nll(x), reverse=True, guard=guard)
     assert_alike(train(inn, nll(x), reverse=False), trained, 1e-9)
     assert trained.calls[1:] == [2, 2]
@@ -493,7 +493,7 @@ def test_what_its_user_registers_wins() -> None:
         inn = Ff.SequenceINN(8)
         for _ in range(6):
             inn.append(Mine)
-        trained = compare(inn.double(), nll(torch.randn(BATCH, 8, dtype=torch.float64)))
+        trained = compare(inn.double(), nll(real(BATCH, 8)))
         assert trained.stats.inversions
         assert not registered(Mine).adapter
     finally:
@@ -513,7 +513,7 @@ def small() -> Any:
 
 
 def test_a_model_is_left_as_it_is() -> None:
-    inn, x = small(), torch.randn(BATCH, 8, dtype=torch.float64)
+    inn, x = small(), real(BATCH, 8)
     keys = list(inn.state_dict())
     nll(x)(inn)
     attributes = {id(m): set(vars(m)) for m in inn.modules()}
@@ -533,12 +533,12 @@ def test_a_model_is_left_as_it_is() -> None:
 
 def test_without_adapters_nothing_is_inverted() -> None:
     with revhooks.reversible(adapters=False) as run:
-        nll(torch.randn(BATCH, 8, dtype=torch.float64))(small())
+        nll(real(BATCH, 8))(small())
         assert run.stats.frames == 0
 
 
 def test_gradients_of_gradients() -> None:
-    inn, x = small().eval(), torch.randn(BATCH, 8, dtype=torch.float64)
+    inn, x = small().eval(), real(BATCH, 8)
     inn(x)
     learned = [parameter for parameter in inn.parameters() if parameter.requires_grad]
     found = []

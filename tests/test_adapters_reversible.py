@@ -20,7 +20,7 @@ import revhooks
 from revhooks.adapters import adapter_of
 from revhooks.nn import AdditiveCoupling, ReversibleSequential
 from revhooks.registry import entry_of
-from tests.adapted import TOLERANCE, assert_alike, compare, train
+from tests.adapted import TOLERANCE, assert_alike, compare, real, train
 from tests.conftest import Count
 
 memcnn = pytest.importorskip("memcnn", reason="memcnn is not installed")
@@ -78,7 +78,7 @@ def revtorch_plain(sequence: Any, x: Tensor) -> Tensor:
 
 
 def images(dtype: torch.dtype) -> Tensor:
-    return torch.randn(4, 2 * CHANNELS, 8, 8, dtype=dtype)
+    return real(4, 2 * CHANNELS, 8, 8).to(dtype)
 
 
 def square_of(x: Tensor) -> Callable[[nn.Module], Tensor]:

@@ -21,6 +21,7 @@ from .tracing import hide
 
 __all__ = [
     "ACTIVE",
+    "LARGE",
     "Branches",
     "Inverse",
     "LogDet",
@@ -38,6 +39,7 @@ __all__ = [
     "unregister",
 ]
 
+LARGE = 2**16  # bytes: what a call of a few operations is given, to be worth a frame's half millisecond
 Inverse = str | Callable[..., Any]
 LogDet = str | int | Callable[..., Any]
 # the names of modules in a block, classes of them, or a function of the block that gives them
@@ -172,6 +174,7 @@ class _Active(threading.local):
 
 ACTIVE = _Active()
 _REGISTRY: dict[type, dict[str, Registration]] = {}  # class -> method -> how to invert it
+_STOOD: dict[tuple[type, str], Registration] = {}  # what adapters had where somebody has registered another
 
 
 def in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -329,11 +332,16 @@ def add(entry: Registration) -> None:
     if cls is None:
         raise _refuse("a registration", "a class", "None", "mark a single method with invertible")
     present = _REGISTRY.get(cls, {}).get(method)
-    if present is not None and (entry.adapter or not present.adapter):
+    if present is not None and entry.adapter:
+        if not present.adapter:
+            _STOOD[cls, method] = entry  # until the user takes his back
+        return
+    if present is not None and not present.adapter:
         got = f"a second registration of its method {method!r}"
         raise _refuse(cls.__name__, "a method not yet registered", got, f"unregister(cls, method={method!r}) first")
     if present is not None:
         unregister(cls, method=method)
+        _STOOD[cls, method] = present
     original = getattr(cls, method)
     _REGISTRY.setdefault(cls, {})[method] = entry
     setattr(cls, method, _bracket(original, entry))
@@ -344,7 +352,7 @@ def _refuse(subject: str, expected: str, got: str, remedy: str) -> RegistrationE
 
 
 def unregister(cls: type, *, method: str | None = None) -> None:
-    """Undo `register`: the class's methods are its own again, or one of them.
+    """Undo `register`: the class's methods are its own again, or one of them, or what an adapter has made of them.
 
     Raises:
         RegistrationError: ``cls`` itself, or its method, is not registered.
@@ -359,6 +367,8 @@ def unregister(cls: type, *, method: str | None = None) -> None:
         _take_bracket_off(cls, name)
     if not entries:
         del _REGISTRY[cls]
+    for name in [name for owner, name in _STOOD if owner is cls and name not in entries]:
+        add(_STOOD.pop((cls, name)))
 
 
 def _take_bracket_off(cls: type, method: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks.errors import FallbackWarning, InversionError, RegistrationError
-from revhooks.registry import lookup
+from revhooks.registry import Registration, add, lookup
 from tests.conftest import Count, compare, mlp, step
 from tests.devices import generator
 
@@ -522,3 +522,28 @@ def test_memory_of_a_buffer_that_is_replaced_is_no_buffers_any_more() -> None:
             assert run.stats.frames == 4
     finally:
         revhooks.unregister(Reset)
+
+
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_what_an_adapter_has_stands_again_when_a_user_takes_his_own_back(adapter_first: bool) -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+        def inverse(self, y: Tensor) -> Tensor:
+            return y - 1
+
+    plain, theirs = Block.forward, Registration(Block, "inverse", adapter="theirs")
+    if adapter_first:
+        add(theirs)
+    revhooks.register(Block, inverse=lambda module, y: y - 1)
+    if not adapter_first:
+        add(theirs)
+    assert not lookup(Block).adapter
+    with pytest.raises(RegistrationError, match="second registration"):
+        revhooks.register(Block, inverse="inverse")
+    revhooks.unregister(Block)
+    assert lookup(Block) is theirs
+    revhooks.unregister(Block)
+    assert lookup(Block) is None
+    assert Block.forward is plain

@@ -14,22 +14,17 @@ from torch import Tensor, nn
 
 from ..functional import ADDITIVE
 from ..registry import Inverse, Registration, add, lookup
-from .table import LEAVE, Adapter, Block
+from .table import LEAVE, Adapter, Block, alone
 from .twins import Branch, ChainTwin, OtherOutputError, twin_of
 
 __all__ = ["ADAPTER"]
 
 
-def _alone(found: Any) -> Any:
-    """What the wrapper returns: of a tuple of one tensor that tensor."""
-    return found[0] if isinstance(found, tuple) and len(found) == 1 else found
-
-
 def _call(wrapper: Any, call: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
     if not wrapper.disable and torch.is_autocast_enabled("cuda") and any(one.is_cuda for one in inputs):
         with torch.autocast("cuda", enabled=False):
-            return _alone(call(*(one.float() if one.is_floating_point() else one for one in inputs)))
-    return _alone(call(*inputs))
+            return alone(call(*(one.float() if one.is_floating_point() else one for one in inputs)))
+    return alone(call(*inputs))
 
 
 def _forward(wrapper: Any, *inputs: Any) -> Any:

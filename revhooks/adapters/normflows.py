@@ -47,13 +47,12 @@ ADAPTER = Adapter(
         ),
         Block("normflows.flows.normalization:ActNorm", methods=BOTH, log_det=1, least=LARGE),
         Block(
-            "normflows.flows.mixing:Invertible1x1Conv InvertibleAffine LULinearPermute",
+            "normflows.flows.mixing:Invertible1x1Conv InvertibleAffine LULinearPermute Permute",
             methods=BOTH,
             log_det=1,
             branches=(),
             least=LARGE,
         ),
-        Block("normflows.flows.mixing:Permute", methods=BOTH, log_det=1, least=LARGE),
         Block(
             "normflows.flows.neural_spline.coupling:Coupling",
             methods=BOTH,

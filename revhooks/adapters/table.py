@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..registry import Branches, Inverse, LogDet, Registration, add, counted, entry_of
+from ..registry import LARGE, Branches, Inverse, LogDet, Registration, add, counted
 
-__all__ = ["BOTH", "INVERT", "LARGE", "LEAVE", "NEITHER", "REPLAY", "Adapter", "Block"]
+__all__ = ["BOTH", "INVERT", "LARGE", "LEAVE", "NEITHER", "REPLAY", "Adapter", "Block", "alone"]
 
 INVERT, REPLAY, LEAVE = "invert", "replay", "leave"
-LARGE = 2**16  # bytes: what a layer of a few operations saves below that is not worth a frame's half millisecond
 Call = Callable[..., Any]
 
 
@@ -22,6 +21,11 @@ def _by_forward(flow: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _by_inverse(flow: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
     return flow.inverse(output[0], *args, **kwargs)[0]
+
+
+def alone(found: Any) -> Any:
+    """What wrappers of other libraries return: of a tuple of one tensor that tensor."""
+    return found[0] if isinstance(found, tuple) and len(found) == 1 else found
 
 
 # of layers with ``forward(x) -> (y, log_det)`` and ``inverse(y) -> (x, log_det)``: both are trained, and undo each other
@@ -35,14 +39,13 @@ class Block:
 
     Attributes:
         classes: the classes, as ``"library.module:Class"``; several of one module as ``"library.module:One Two"``.
-        how: ``"invert"``; ``"replay"``: run again from its inputs; ``"leave"``: not touched.
+        how: ``"invert"``; ``"replay"``: run again from its inputs, where an inverse may still serve a tight budget; ``"leave"``:
+            not touched.
         methods: what training calls, with the inverse of each, as in `revhooks.register`, which gives back the first argument;
             ``None`` where there is none.
         why: why it is replayed, or left.
         log_det: as in `revhooks.register`, for all methods or by their names. What is left alone is counted too, if it has one.
         branches: as in `revhooks.register`.
-        cost: as in `revhooks.register`.
-        prefer: as in `revhooks.register`; what is replayed has ``"replay"``, and its inverse may still serve a tight budget.
         least: bytes of its arguments below which a call is left as it is: a cheap layer is framed where its input is large.
         keeps_zeros: as in `revhooks.register`.
         subclasses: it stands for all classes that are derived from it and have such a method of their own, not for itself.
@@ -55,8 +58,6 @@ class Block:
     why: str = ""
     log_det: LogDet | dict[str, LogDet] | None = None
     branches: Branches | None = None
-    cost: float = 0
-    prefer: str | None = None
     least: int = 0
     keeps_zeros: bool = False
     subclasses: bool = False
@@ -73,24 +74,22 @@ class Block:
         return self.classes.partition(":")[2].split()
 
     def register(self, cls: type, adapter: str) -> None:
-        """Register the methods of a class, but for those that somebody has registered; of a subclass those of its own."""
+        """Register the methods of a class, of a subclass those of its own; what somebody has registered comes first."""
         for method, inverse in self.methods.items():
             has_it = method in vars(cls) if self.subclasses else callable(getattr(cls, method, None))
-            if has_it and entry_of(cls, method) is None:
-                prefer = self.prefer if self.how == INVERT else self.how
+            if has_it:
                 add(
                     Registration(
                         cls,
                         inverse,
                         method,
-                        self.cost,
-                        self.log_det_of(method),
-                        self.keeps_zeros,
-                        self.branches,
-                        prefer,
-                        adapter,
-                        self.instead.get(method),
-                        self.least,
+                        log_det=self.log_det_of(method),
+                        keeps_zeros=self.keeps_zeros,
+                        branches=self.branches,
+                        prefer=None if self.how == INVERT else self.how,
+                        adapter=adapter,
+                        instead=self.instead.get(method),
+                        least=self.least,
                         inputs=1,
                         assumed=self.subclasses,
                     )

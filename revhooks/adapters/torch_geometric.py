@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .table import Adapter, Block
+from .table import Adapter, Block, alone
 
 __all__ = ["ADAPTER"]
 
 
-def _alone(found: Any) -> Any:
-    """What the module returns: of a tuple of one tensor that tensor."""
-    return found[0] if isinstance(found, tuple) and len(found) == 1 else found
-
-
 def _forward(module: Any, *args: Any) -> Any:
-    return _alone(module._forward(*args))
+    return alone(module._forward(*args))
 
 
 def _inverse(module: Any, *args: Any) -> Any:
-    return _alone(module._inverse(*args))
+    return alone(module._inverse(*args))
 
 
 def _undo_forward(module: Any, output: Any, *args: Any) -> Any:

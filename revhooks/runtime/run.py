@@ -21,7 +21,7 @@ from ..errors import FallbackWarning, explain
 from ..generators import RngTracker
 from ..nn.coupling import Coupling
 from ..record import Kept, Stats
-from ..registry import ACTIVE, Registration
+from ..registry import ACTIVE, LARGE, Registration
 from ..storage import is_opaque, storage_key
 from ..tracing import is_traced
 from ..watching import WATCHERS
@@ -45,7 +45,6 @@ from .whole import FITS, WholeCalls
 
 __all__ = ["Run"]
 
-SMALLEST = 2**16  # bytes: what a call without modules is given, to be worth a frame
 _CALL_AND_LADJ: Registration = Coupling.call_and_ladj.__revhooks__  # type: ignore[attr-defined]
 
 
@@ -161,7 +160,7 @@ class Run(Packing):
         Not where its modules are kept, or where it has none and its arguments are small: it can save little.
         """
         region = Region.of_object(thing, original, known=not entry.assumed)
-        small = not region.roots and sum(tensor.nbytes for tensor in tensors_of((args, kwargs))) < SMALLEST
+        small = not region.roots and sum(tensor.nbytes for tensor in tensors_of((args, kwargs))) < LARGE
         if small or (self._keep is not None and any(map(self._keep, region.roots))):
             return original(thing, *args, **kwargs)
         return self.replay(region, args, kwargs)

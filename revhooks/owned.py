@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = [
     "STANDARD",
     "_FRAMEWORKS",
+    "StandIn",
     "give_attributes",
     "is_foreign",
     "is_foreign_call",
@@ -27,6 +28,16 @@ _SHARDED = "_is_fsdp_managed_module"  # an attribute by which both kinds of FSDP
 _FRAMEWORKS = ("__composable_api_state_key_", _SHARDED, "_fsdp_")
 _DISTRIBUTED = ("torch.distributed.", "torch.nn.parallel.")
 _TORCH = sys.stdlib_module_names | {"torch", "builtins"}
+
+
+class StandIn:
+    """What this package puts in a place for a while, and what it calls.
+
+    Attributes:
+        below: what was there, or ``None``: what the class has.
+    """
+
+    below: Any
 
 
 def is_foreign(kind: type) -> bool:

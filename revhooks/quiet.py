@@ -27,7 +27,7 @@ from torch.nn.modules import module as torch_module
 
 from .backward import NO_PASS, current_pass
 from .names import read, unbracketed
-from .owned import STANDARD
+from .owned import STANDARD, StandIn
 from .reach import MISSING, PLAIN, is_library
 from .storage import PLAIN_TYPES
 
@@ -40,7 +40,7 @@ _LAYERS = frozenset(  # whose classes change nothing but buffers, and call nothi
         *("instancenorm", "linear", "module", "normalization", "padding", "pixelshuffle", "pooling", "rnn", "sparse"),
         "upsampling",
     )
-)
+) | {f"{__package__}.nn.{name}" for name in ("conditioner", "flow", "mixing")}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ROOTS = (object, Generic, ABC, Protocol)
 _OF_TORCH = (
@@ -379,4 +379,8 @@ def _carry_nothing(modules: Sequence[nn.Module], names: set[str]) -> bool:
 
 def _is_fixed(value: Any) -> bool:
     kind = type(value)
-    return kind in PLAIN or (all(map(_is_fixed, value)) if kind is tuple else is_known(value))
+    if kind is tuple:
+        return all(map(_is_fixed, value))
+    if isinstance(value, StandIn):
+        return value.below is None or _is_fixed(value.below)
+    return kind in PLAIN or is_known(value)

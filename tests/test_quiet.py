@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import revhooks
 from revhooks import quiet
 from revhooks.quiet import leaves_nothing
+from revhooks.runtime.frames.interpose import shadowed
 from revhooks.state import modules_of
 
 WIDTH = 4
@@ -101,6 +102,49 @@ QUIET: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", QUIET)
 def test_ordinary_code_is_quiet(name: str) -> None:
     assert is_quiet(QUIET[name]())
+
+
+@pytest.mark.parametrize("make", [lambda: Attention(), lambda: Alias()], ids=["quiet", "not quiet"])
+def test_what_stands_for_forward_in_a_call_does_not_count(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    wanted = is_quiet(module)
+    with shadowed([module], lambda child, proceed, args, kwargs: proceed(*args, **kwargs)):
+        assert "forward" in vars(module)
+        assert is_quiet(module) is wanted
+    module.forward = functools.partial(type(module).forward, module)  # type: ignore[method-assign]
+    with shadowed([module], lambda child, proceed, args, kwargs: proceed(*args, **kwargs)):
+        assert not is_quiet(module)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: revhooks.nn.ActNorm(WIDTH),
+        lambda: revhooks.nn.InvertibleLinear(WIDTH),
+        lambda: revhooks.nn.ConvNet(WIDTH, WIDTH, 8),
+        lambda: revhooks.nn.MLP(WIDTH, WIDTH),
+        lambda: revhooks.nn.FlowSequential(revhooks.nn.ActNorm(WIDTH), revhooks.nn.Permute(WIDTH)),
+    ],
+)
+def test_our_own_layers_are_quiet(make: Callable[[], nn.Module]) -> None:
+    assert is_quiet(make())
+
+
+class Logs(revhooks.nn.ActNorm):
+    def _broadcast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        LOG.append(1.0)
+        return super()._broadcast(x)
+
+
+class Listed(revhooks.nn.MLP):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        LOG.append(float(x.sum()))
+        return super().forward(x, context)
+
+
+@pytest.mark.parametrize("make", [lambda: Logs(WIDTH), lambda: Listed(WIDTH, WIDTH)], ids=["a method", "forward"])
+def test_layers_of_users_that_extend_ours_are_read(make: Callable[[], nn.Module]) -> None:
+    assert not is_quiet(make())
 
 
 def test_quiet_code_is_not_looked_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...owned import is_foreign_call
+from ...owned import StandIn, is_foreign_call
 from ...registry import Branches, lookup
 
 __all__ = ["OnCall", "branches_of", "deeper", "has_registered_parts", "shadowed", "without_forward_hooks"]
@@ -130,12 +130,12 @@ class _Watch(threading.local):
 _WATCH = _Watch()
 
 
-class _Shadow:
+class _Shadow(StandIn):
     """Stands for ``child.forward`` while some thread is in a call of its block."""
 
     def __init__(self, child: nn.Module) -> None:
         self._child = weakref.ref(child)
-        self._below: Any = child.__dict__.get("forward")
+        self.below: Any = child.__dict__.get("forward")
         self.users = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,8 +166,8 @@ class _Shadow:
             watch.depth -= 1
 
     def _proceed(self, *args: Any, **kwargs: Any) -> Any:
-        if self._below is not None:
-            return self._below(*args, **kwargs)
+        if self.below is not None:
+            return self.below(*args, **kwargs)
         child = self._child()
         return type(child).forward(child, *args, **kwargs)  # type: ignore[union-attr]
 
@@ -184,8 +184,8 @@ class _Shadow:
         child = self._child()
         if self.users or child is None or child.__dict__.get("forward") is not self:
             return
-        if self._below is not None:
-            child.__dict__["forward"] = self._below
+        if self.below is not None:
+            child.__dict__["forward"] = self.below
         else:
             del child.__dict__["forward"]
 

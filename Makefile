@@ -60,6 +60,7 @@ bench: .venv/.installed
 	$(BIN)/python bench/cifar_table.py
 	$(BIN)/python bench/iresnet_table.py
 	$(BIN)/python bench/flows.py
+	$(BIN)/python bench/flows_by_hand.py
 	$(BIN)/python bench/flows_own.py
 	$(BIN)/python bench/picture.py
 	$(BIN)/python bench/figures.py

@@ -19,6 +19,12 @@ from revhooks.registry import entry_of
 from tests.adapted import TOLERANCE, Trained, assert_alike, compare, real, train
 from tests.conftest import Count
 
+
+def slow(*names: str) -> list[Any]:
+    """Parameters of `make test-all`."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.lu is deprecated"),  # of normflows
     pytest.mark.filterwarnings("ignore:torch.qr is deprecated"),  # of nflows
@@ -151,7 +157,7 @@ NETWORKS = ("MLP", "ResidualNet", "MADE")
 
 @pytest.mark.parametrize(
     "name",
-    ["masked", "real_nvp", "spline", "circular", "autoregressive", "autoregressive spline", "reversed"],
+    ["masked", "real_nvp", "spline", "autoregressive", "reversed", *slow("circular", "autoregressive spline")],
 )
 @pytest.mark.parametrize("direction", ["likelihood", "variational"])
 def test_vector_flows_of_normflows(normflows: Any, name: str, direction: str) -> None:
@@ -276,7 +282,7 @@ def test_flows_of_nflows(nflows: Any, name: str) -> None:
     check(model, loss, networks, held=held)
 
 
-@pytest.mark.parametrize("name", ["affine", "rational quadratic", "autoregressive spline"])
+@pytest.mark.parametrize("name", ["affine", "rational quadratic", *slow("autoregressive spline")])
 def test_sampling_direction_of_nflows(nflows: Any, name: str) -> None:
     torch.manual_seed(0)
     transform = nflows.transforms.CompositeTransform(nflows_transforms(nflows)[name]())
@@ -348,7 +354,7 @@ def zuko() -> Any:
     return pytest.importorskip("zuko")
 
 
-@pytest.mark.parametrize("name", ["NSF", "MAF", "RealNVP", "NICE", "GF", "NAF", "UNAF", "SOSPF", "BPF", "NCSF", "CNF"])
+@pytest.mark.parametrize("name", ["NSF", "MAF", "RealNVP", "NICE", "GF", "SOSPF", "NCSF", *slow("NAF", "UNAF", "BPF", "CNF")])
 def test_flows_of_zuko(zuko: Any, name: str) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-3} if name == "CNF" else {"transforms": 4}

@@ -37,9 +37,8 @@ class FlowTransform(Transform):
     """A module with an inverse as a `torch.distributions.Transform`: ``y = module(x)``; its ``inv`` goes the other way.
 
     What an evaluation gave is remembered for as long as its result lives and neither it nor a parameter is changed, and used
-    once: `log_prob` of a
-    `torch.distributions.TransformedDistribution` evaluates each branch once, as does that of a sample just drawn. Nothing else is
-    cached, for the module may change between calls. The parameters stay those of the module.
+    once: `log_prob` of a `torch.distributions.TransformedDistribution` evaluates each branch once, as does that of a sample
+    just drawn. Nothing else is cached, for the module may change between calls. The parameters stay those of the module.
 
     Args:
         module: a layer or container of `revhooks.nn` that keeps the shape of a sample, or any module with its methods.

@@ -6,6 +6,7 @@ other: gradients reach what else the branches depend on, and buffers are updated
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import weakref
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..functional import ADDITIVE
 from .table import LEAVE, Adapter, Block
-from .twins import Branch, ChainTwin, is_bare, twin_of, unbracketed
+from .twins import Branch, ChainTwin, OtherOutputError, is_bare, twin_of, unbracketed
 
 __all__ = ["ADAPTER"]
 
@@ -43,7 +44,8 @@ def _sequence(sequence: Any, x: Tensor) -> Any:
     if len(dims) == 1 and is_bare(blocks):
         twin = twin_of(sequence, looks, make)
         if twin.takes(x):
-            return twin(x)
+            with contextlib.suppress(OtherOutputError):
+                return twin(x)
     return unbracketed(sys.modules["revtorch.revtorch"].ReversibleSequence.forward)(sequence, x)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .errors import BackwardError, ModifiedError, explain
@@ -141,19 +142,23 @@ class Counted(Saved):
 
 
 class View(Source):
-    """A view of what another handle gives."""
+    """A view of what another handle gives; a real one of what is complex, and the other way round, among them."""
 
-    __slots__ = ("_offset", "_size", "_stride", "of")
+    __slots__ = ("_dtype", "_offset", "_size", "_stride", "of")
 
     def __init__(self, of: Source, tensor: Tensor) -> None:
         self.of = of
+        self._dtype = tensor.dtype
         self._size = tensor.shape
         self._stride = tensor.stride()
         self._offset = tensor.storage_offset()
 
     def get(self) -> Tensor:
         """The view."""
-        return self.of.get().as_strided(self._size, self._stride, self._offset)
+        base = self.of.get()
+        if base.dtype is not self._dtype:
+            base = torch.empty(0, dtype=self._dtype, device=base.device).set_(base.untyped_storage())
+        return base.as_strided(self._size, self._stride, self._offset)
 
 
 def freed(what: str) -> BackwardError:

@@ -16,7 +16,7 @@ FLOORS = {
     "backward": 0, "capture": 0, "errors": 0, "record": 0, "tracing": 0, "watching": 0,
     "hollow": 1, "storage": 1, "owned": 1, "generators": 1, "precision": 1, "streams": 1, "private": 1,
     "fingerprint": 2, "kinds": 2, "projection": 2, "reach": 2, "names": 3, "saved": 3, "quiet": 4, "effects": 4,
-    "splines": 4, "state": 5, "functional": 5, "solvers": 5,
+    "modes": 4, "splines": 4, "buffers": 5, "functional": 5, "solvers": 5,
     "registry": 6, "ops": 6,
     "nn": 7,
     "adapters": 8, "flows": 8, "ladj": 8, "runtime": 8,

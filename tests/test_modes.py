@@ -168,7 +168,7 @@ import torch.nn as nn
 import revhooks
 from revhooks import nn as rnn
 from revhooks.runtime.offload import parked as offload
-from revhooks import storage, state
+from revhooks import modes, storage
 from revhooks.runtime import packing
 from revhooks.runtime.handles import codes
 packing.SMALL = codes.LEAST = 0
@@ -213,7 +213,7 @@ def test_a_package_that_is_imported_under_a_default_device() -> None:
 
 def test_autocast_of_another_device_than_the_arguments() -> None:
     """A block gets indices on the CPU and computes on CUDA: both devices' autocast is put back."""
-    modes = revhooks.state.Modes  # type: ignore[attr-defined]
+    modes = revhooks.modes.Modes  # type: ignore[attr-defined]
     torch.set_autocast_enabled("cuda", True)
     try:
         assert [kind for kind, _ in modes.of_call(CPU).autocast] == ["cuda"]

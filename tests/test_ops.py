@@ -475,6 +475,46 @@ def test_a_view_that_was_given_other_memory() -> None:
     compare(Apply(lambda t: F.gelu(t) * scale), torch.randn(64, 32))
 
 
+COMPLEX: dict[str, Callable[[Tensor], Tensor]] = {
+    "as real": lambda x: torch.view_as_real(torch.fft.rfft(x)).sin(),
+    "a part": lambda x: torch.fft.fft(x)[:16].real.sin() * torch.fft.fft(x)[:16].imag.exp(),
+    "of one number": lambda x: torch.fft.fft(x).sum().real.sin(),
+    "and back": lambda x: torch.view_as_complex(torch.view_as_real(torch.fft.fft(x)).tanh()).exp().abs(),
+    "as complex": lambda x: torch.view_as_complex(x.exp().reshape(-1, 2)).tanh().abs(),
+    "of a window": lambda x: torch.view_as_real(torch.stft(x, 32, return_complex=True, window=torch.ones(32).to(x))).sin(),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+@pytest.mark.parametrize("options", [{}, {"ops": False}, {"budget": 3000}], ids=str)
+def test_real_views_of_complex_tensors(name: str, options: dict[str, Any]) -> None:
+    """What was saved lies in the memory of a tensor of another dtype."""
+    x = torch.randn(64, 512, dtype=torch.float64, requires_grad=True)
+
+    def gradient() -> Tensor:
+        loss = COMPLEX[name](x * 1.5).square().sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    expected = gradient()
+    for _ in range(3):
+        with revhooks.reversible(**options):
+            assert torch.equal(gradient(), expected)
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_real_views_of_complex_tensors_in_blocks(name: str) -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + COMPLEX[name](x * 1.5).square().mean()
+
+    net = nn.Sequential(Block(), Block())
+    x = torch.randn(64, 512, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(net(x).square().sum(), x)
+    for _ in range(3):
+        with revhooks.reversible(replay=Block):
+            assert torch.equal(torch.autograd.grad(net(x).square().sum(), x)[0], expected)
+
+
 def test_a_recipe_does_not_hold_what_is_much_larger() -> None:
     x = torch.randn(64, 4096, requires_grad=True)
     net = nn.Linear(4096, 4)

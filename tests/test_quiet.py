@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import revhooks
 from revhooks import quiet
+from revhooks.buffers import modules_of
 from revhooks.quiet import leaves_nothing
 from revhooks.runtime.frames.interpose import shadowed
-from revhooks.state import modules_of
 
 WIDTH = 4
 SCALE = 2.0

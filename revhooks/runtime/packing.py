@@ -332,7 +332,7 @@ def _in_memory_of(value: Value, tensor: Tensor) -> Source:
     geometry = Geometry.of(tensor)
     if not tensor.requires_grad:
         return value if value.is_made_of(tensor) else Saved(tensor, type(None))
-    return value if geometry == value.geometry else View(value, tensor)
+    return value if geometry == value.geometry and tensor.dtype is value.dtype else View(value, tensor)
 
 
 def _covers(whole: Tensor, tensor: Tensor) -> bool:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..buffers import modules_of
 from ..registry import ACTIVE, Registration
-from ..state import modules_of
 from ..storage import Ledger
 from ..tracing import is_traced
 from .frames.home import Home

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ...buffers import detached_clone
 from ...kinds import is_allocated
 from ...owned import give_attributes
-from ...state import detached_clone
 from ...storage import Held, version_of
 from .arguments import Argument, Thaw
 from .objects import Former, Objects, Own, Seen

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...state import modules_of
+from ...buffers import modules_of
 from ...storage import version_of
 from ..tree import leaves_of
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...buffers import Buffers, modules_of
 from ...effects import undone
 from ...errors import ModifiedError, explain
 from ...generators import Rng
+from ...modes import PLAIN, Modes
 from ...precision import precision_of, restored
 from ...quiet import leaves_nothing
-from ...state import PLAIN, Buffers, Modes, modules_of
 from ...storage import Held, is_near
 from ..recompute.statistics import Statistics
 from ..tree import leaves_of

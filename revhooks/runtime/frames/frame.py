@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from ...capture import is_capturing
 from ...errors import CaptureError, explain
 from ...generators import EVERY
+from ...modes import Modes
 from ...precision import Precision, coarse, precision_of
-from ...state import Modes
 from ...storage import Held, is_near
 from ..calls.state import STATE, STATISTICS, CallState
 from ..handles.evidence import FIRST, inversions

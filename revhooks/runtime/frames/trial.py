@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...buffers import untouched
 from ...errors import RevhooksError
 from ...registry import Registration
-from ...state import untouched
 from ...storage import is_opaque, version_probe
 from ..calls.state import CallState
 from ..policy.guard import relative_error

@@ -10,8 +10,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ...generators import RngTracker
+    from ...modes import Modes
     from ...saved import Source
-    from ...state import Modes
     from ...storage import Held, Ledger
     from ..offload.parked import HeldAway
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...capture import is_capturing
 from ...errors import ReplayError, explain
+from ...modes import PLAIN
 from ...ops import is_doubtful, is_view, operation, saves_result
 from ...saved import Counted, Leaf, Saved, View
-from ...state import PLAIN
 from ...storage import restride
 from ..handles.dropped import Dropped, Shaped
 from ..handles.evidence import FIRST, Evidence

@@ -1,7 +1,4 @@
-"""Capture and restore what a call depends on besides its arguments and generators (Rules 6 and 7).
-
-Autocast, the default device, parameters, and the buffers that a forward call changes.
-"""
+"""The parameters and buffers of a call: what it changed, and what its replay must find as it was (Rules 6 to 8)."""
 
 from __future__ import annotations
 
@@ -10,129 +7,38 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from .effects import undone
 from .kinds import clone_of, copy_of, is_allocated, same_values
 from .names import unbracketed
 from .owned import is_foreign, is_sharded
 from .storage import PLAIN_TYPES, is_opaque, storage_key, version_of, versions_of
-from .tracing import compiler, set_compiler
 
-__all__ = [
-    "PLAIN",
-    "Buffers",
-    "Modes",
-    "detached_clone",
-    "modules_of",
-    "untouched",
-]
-
-
-# ------------------------------------------------------------------------------------------- modes
-
-
-class Modes:
-    """Autocast of the CPU, of CUDA and of the call's device, the default device, and what compiles frames.
-
-    What a call finds as its default device is a function mode of its thread, which neither follows autograd to another one nor
-    is there in a backward that is called under it.
-    """
-
-    __slots__ = ("_cache", "_compiler", "_default_device", "autocast")
-
-    def __init__(self, device: torch.device) -> None:
-        kinds = dict.fromkeys(("cpu", "cuda", "cpu" if device.type == "meta" else device.type))
-        enabled = torch._C._is_any_autocast_enabled()
-        self.autocast = tuple((k, torch.get_autocast_dtype(k)) for k in kinds if enabled and torch.is_autocast_enabled(k))
-        self._cache = torch.is_autocast_cache_enabled()
-        self._default_device = _default_device()
-        self._compiler = compiler()
-
-    @classmethod
-    def of_call(cls, device: torch.device) -> Modes | None:
-        """The modes now; ``None`` when none is set."""
-        if not torch._C._is_any_autocast_enabled() and _default_device() is None and compiler() is None:
-            return None
-        return cls(device)
-
-    def restored(self) -> _Restored:
-        """A context: run in the modes that were captured."""
-        return _Restored(self)
-
-
-class _Restored:
-    __slots__ = ("_before", "_cache", "_compiler", "_device", "_modes")
-
-    def __init__(self, modes: Modes) -> None:
-        self._modes = modes
-
-    def __enter__(self) -> None:
-        modes, wanted = self._modes, dict(self._modes.autocast)
-        kinds = {"cpu", "cuda", *wanted} if torch.cuda.is_initialized() else {"cpu", *wanted}
-        self._before = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
-        self._cache = torch.is_autocast_cache_enabled()
-        for kind in kinds:
-            torch.set_autocast_enabled(kind, kind in wanted)
-            if kind in wanted:
-                torch.set_autocast_dtype(kind, wanted[kind])
-        torch.set_autocast_cache_enabled(modes._cache)
-        torch.autocast_increment_nesting()
-        device = modes._default_device
-        self._device = (device or torch.device("cpu")) if device != _default_device() else None
-        if self._device is not None:
-            self._device.__enter__()
-        self._compiler = compiler()
-        if self._compiler is not modes._compiler:
-            set_compiler(modes._compiler)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._compiler is not self._modes._compiler:
-            set_compiler(self._compiler)
-        if self._device is not None:
-            self._device.__exit__(*error)
-        if not torch.autocast_decrement_nesting():
-            torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(self._cache)
-        for kind, enabled, dtype in self._before:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-
-
-def _default_device() -> torch.device | None:
-    """Where this thread makes tensors, if somebody has chosen that: `torch.set_default_device`, or a device as a context."""
-    if not torch._C._len_torch_function_stack():
-        return None
-    modes = reversed(_get_current_function_mode_stack())
-    chosen: torch.device | None = next((mode.device for mode in modes if isinstance(mode, DeviceContext)), None)
-    if chosen is not None and chosen.type == "cuda" and chosen.index is None:  # which one is the thread's, too
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-def _plain_modes() -> Modes:
-    modes = Modes(torch.device("cpu"))
-    modes.autocast, modes._cache, modes._default_device, modes._compiler = (), True, None, None
-    return modes
-
-
-PLAIN = _plain_modes()
-
-
-# ----------------------------------------------------------------------------------------- buffers
+__all__ = ["Buffers", "detached_clone", "modules_of", "untouched"]
 
 _Owner = dict[str, Tensor | None]  # a module's ``_parameters`` or ``_buffers``
 
-# Which buffers a module's forward changes, learned at its first call: module -> training -> names.
-_mutable: weakref.WeakKeyDictionary[nn.Module, dict[bool, frozenset[str]]] = weakref.WeakKeyDictionary()
 
+class _Changes(NamedTuple):
+    """Which buffers a module's calls change in one mode, learned at its first.
+
+    Some are changed once only, as the flag of ActNorm, which has set its scales. In ``looks`` more calls it is looked whether
+    they still are; if not, they are read as the others, whose version counters tell. What was written past its counter is taken
+    to be changed for good.
+    """
+
+    names: frozenset[str]
+    looks: int
+
+
+_LOOKS = 4
+_mutable: weakref.WeakKeyDictionary[nn.Module, dict[bool, _Changes]] = weakref.WeakKeyDictionary()
 
 # In place of buffers that are overwritten: module -> name -> what replays write to.
 _scratches: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
@@ -175,6 +81,7 @@ class Buffers:
         "_owners",
         "_read",
         "_scripted",
+        "_sought",
         "_storages",
         "_versions",
         "_written",
@@ -190,10 +97,11 @@ class Buffers:
     plain: bool  # what it reads are tensors of torch's own classes, and all that it reads is known
     # modules whose buffers this call is the first to use: each with a copy and its version
     _first: tuple[tuple[nn.Module, dict[str, tuple[Tensor, Tensor, int]]], ...]
+    _sought: tuple[tuple[nn.Module, bool, dict[str, tuple[Tensor, Tensor, int]]], ...]  # the same, of what may not change again
 
     def __init__(self, modules: Sequence[nn.Module], keys: set[int], *, closely: bool = False, owned: bool = True) -> None:
         self._owned = owned
-        self._before = self._written = self._first = self.overwritten = ()
+        self._before = self._written = self._first = self._sought = self.overwritten = ()
         self._modules = modules
         self._modes = [*map(_training, modules)]
         # read by the call, and not to be changed: a module's dictionary, and the tensors that were in it
@@ -237,10 +145,13 @@ class Buffers:
         known = _mutable.get(module, {}).get(module.training)
         if known is None:
             self._first += ((module, {n: (b, detached_clone(b), version_of(b)) for n, b in present}),)
-        elif known:
-            self._before += tuple((owner, n, detached_clone(buffer), buffer) for n, buffer in present if n in known)
+        elif known.names:
+            copies = {n: (b, detached_clone(b), version_of(b)) for n, b in present if n in known.names}
+            self._before += tuple((owner, name, copy, buffer) for name, (buffer, copy, _) in copies.items())
+            if known.looks > 0:
+                self._sought += ((module, module.training, copies),)
             if owned:
-                self._owners.append((owner, tuple(None if name in known else buffer for name, buffer in owner.items())))
+                self._owners.append((owner, tuple(None if name in known.names else buffer for name, buffer in owner.items())))
         elif owned:
             unread = "num_batches_tracked" if isinstance(module, _NormBase) else ""  # in eval mode
             self._owners.append((owner, tuple(None if name == unread else buffer for name, buffer in owner.items())))
@@ -259,18 +170,19 @@ class Buffers:
         self._copies = ()
         kept = all(_same(buffer, copy) for buffer, copy in self._scripted)  # a script's buffers take no others in their places
         self._scripted = []
+        for module, training, copies in self._sought:
+            _note_again(module, training, moved=bool(_moved(module, copies)))
         for module, copies in self._first:
             owner: _Owner = module._buffers
-            moved = set()
-            for name, (buffer, copy, version) in copies.items():
-                if owner.get(name) is not buffer or version_of(buffer) != version or not _same(buffer, copy):
-                    moved.add(name)
-                    self._before += ((owner, name, copy, buffer),)
-            _mutable.setdefault(module, {})[module.training] = frozenset(moved)
+            moved = _moved(module, copies)
+            self._before += tuple((owner, name, copies[name][1], copies[name][0]) for name in moved)
+            seen = all(_shows(owner, name, *copies[name]) for name in moved)
+            _mutable.setdefault(module, {})[module.training] = _Changes(moved, _LOOKS if seen else 0)
             if self._owned:
                 self._owners.append((owner, tuple(None if name in moved else buffer for name, buffer in owner.items())))
         # what has no copy cannot be put back
         kept = kept and not any(before is buffer is owner.get(name) for owner, name, before, buffer in self._before)
+        self._sought = ()
         if self._first:
             self._first = ()
             versions = self._versions
@@ -278,8 +190,10 @@ class Buffers:
             return self._versions[: len(versions)] == versions and not wrote and kept, wrote
         if versions_of(self._read) == self._versions:
             return not wrote and kept, wrote
+        pairs = zip(self._read, self._versions, strict=True)
+        written = {id(tensor) for tensor, version in pairs if version_of(tensor) != version}
         for owner, _ in self._owners:
-            _forget(owner)
+            _learn(owner, frozenset(name for name, tensor in owner.items() if id(tensor) in written))
         return False, wrote
 
     def add_moved(self, keys: set[int]) -> None:
@@ -414,10 +328,31 @@ def _add_key(keys: set[int], tensor: Tensor | None) -> None:
         keys.add(storage_key(tensor))
 
 
-def _forget(owner: _Owner) -> None:
-    """Learn again at the next call what the owner of a surprising buffer changes."""
-    for module in [m for m in _mutable if m._buffers is owner]:
-        del _mutable[module]
+def _moved(module: nn.Module, copies: dict[str, tuple[Tensor, Tensor, int]]) -> frozenset[str]:
+    """Which of a module's buffers are not what they were: each with a copy and its version before the call."""
+    owner: _Owner = module._buffers
+    return frozenset(n for n, (b, copy, version) in copies.items() if _shows(owner, n, b, copy, version) or not _same(b, copy))
+
+
+def _shows(owner: _Owner, name: str, buffer: Tensor, _: Tensor, version: int) -> bool:
+    """Whether a change of a buffer can be seen without a look at its values."""
+    return owner.get(name) is not buffer or version_of(buffer) != version
+
+
+def _note_again(module: nn.Module, training: bool, *, moved: bool) -> None:
+    """What a call has shown of buffers that one has changed before."""
+    known = _mutable.get(module, {}).get(training)
+    if known is None or known.looks <= 0:  # another call of the same time has told
+        return
+    looks = 0 if moved else known.looks - 1
+    _mutable[module][training] = _Changes(known.names if moved or looks else frozenset(), looks)
+
+
+def _learn(owner: _Owner, names: frozenset[str]) -> None:
+    """A call has changed buffers that were taken for those that are read."""
+    for module in [m for m in _mutable if m._buffers is owner] if names else ():
+        of_modes = _mutable[module]
+        of_modes.update({training: _Changes(known.names | names, 0) for training, known in of_modes.items()})
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, FunctionType, GetSetDescriptorType, MethodType, ModuleType
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary, ref
 
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from .owned import STANDARD, StandIn
 from .reach import MISSING, PLAIN, is_library
 from .storage import PLAIN_TYPES
 
-__all__ = ["Proof", "leaves_nothing"]
+__all__ = ["Proof", "leaves_nothing", "vouch"]
 
 _LAYERS = frozenset(  # whose classes change nothing but buffers, and call nothing but their children
     f"torch.nn.modules.{name}"
@@ -47,7 +47,8 @@ _OF_TORCH = (
     *("_C._fft", "_C._linalg", "_C._nn", "_C._special", "_jit_internal", "amp.autocast_mode", "autograd.grad_mode", "functional"),
     "nn.functional",
 )
-_KNOWN = {"math", "torch", "typing", f"{__package__}.functional", *(f"torch.{name}" for name in _OF_TORCH)}
+_OF_OURS = {f"{__package__}.{name}" for name in ("functional", "adapters.freia", "adapters.table")}
+_KNOWN = {"math", "torch", "typing", *_OF_OURS, *(f"torch.{name}" for name in _OF_TORCH)}
 _SPACES = {"math", "torch", "torch.fft", "torch.linalg", "torch.nn", "torch.nn.functional", "torch.special", "typing"}
 _BUILTINS = {
     *("abs", "all", "any", "bool", "complex", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int", "isinstance"),
@@ -69,6 +70,9 @@ _UNCALLED = {
 _OVERRIDES = frozenset(name for name, value in vars(nn.Module).items() if callable(value)) - _UNCALLED
 _SET_UP = _UNCALLED | {"extra_repr", "reset_parameters", "reset_running_stats"}  # of layers: what their calls do not call
 _run_by: Any = attrgetter("__call__", "_call_impl", "__getattr__", "forward")  # of a class of torch's: what a call runs
+_vouched: set[type] = set()  # of other libraries: whose methods were read by somebody, as those of `_LAYERS`
+_methods: set[FunctionType] = set()  # these
+_vouched_in: set[str] = set()  # their modules
 _MOST = 32  # proofs for one block: its modules or its functions keep changing
 _FAR = 200  # functions that are followed, and arguments that are looked at
 _LEAVES = PLAIN | {*PLAIN_TYPES}
@@ -80,6 +84,7 @@ class Proof:
     Attributes:
         found: it is.
         names: of attributes that the code uses, and that a call looks for.
+        vouched: the same of code that somebody has vouched for: it adds nothing to lists.
         count: how many there were before it, for the same block.
     """
 
@@ -97,6 +102,7 @@ class Proof:
         "count",
         "found",
         "names",
+        "vouched",
     )
 
     def __init__(self, kinds: Sequence[type], functions: Sequence[FunctionType], count: int) -> None:
@@ -104,6 +110,7 @@ class Proof:
         self._held_in = NO_PASS  # the latest backward pass in which it was found to hold
         self._kinds, self._functions = [*map(ref, kinds)], [*map(ref, functions)]
         self.names = {"forward", "_call_impl", "_slow_forward"}
+        self.vouched: set[str] = set()
         self._inherited = set(STANDARD)  # names that code of torch's layers uses, and that a class may define anew
         # whose names: weakly, with a function's code or a class's size; and what they are bound to: functions weakly
         self._bound: list[tuple[ref[Any], Any, set[str], Callable[[Any], Any], list[ref[FunctionType]], list[Any]]] = []
@@ -114,6 +121,7 @@ class Proof:
         bases = {base for kind in kinds for base in kind.__mro__ if base not in _ROOTS}
         self.found = count < _MOST and all(map(self._admits_kind, bases)) and all(map(self._admits, functions)) and self._grow()
         self.names.discard("training")
+        self.vouched -= STANDARD | self.names
         self._seen, self._spaces, self._inherited = [], {}, set()
 
     def next(self, kinds: Sequence[type], functions: Sequence[FunctionType]) -> Proof:
@@ -211,6 +219,14 @@ class Proof:
                 self.names |= {name for name in own if name not in _SET_UP and isinstance(own[name], FunctionType)}
                 self._inherited = self._inherited.union(*(read(method.__code__).names for method in methods))
             return all(map(self._admits, self._runs[-1]))
+        if kind in _vouched:
+            methods = [name for name, value in own.items() if isinstance(value, FunctionType) and name not in _SET_UP]
+            codes = [unbracketed(method) for method in self._bind(kind, methods, len(own))]
+            names = set().union(*(read(code.__code__).names for code in codes))
+            self.names.update(methods)
+            self.vouched |= names
+            self._inherited |= names
+            return _methods.issuperset(codes)  # nobody has put another there
         if type(kind) not in (type, ABCMeta) or is_library(kind.__module__) or "__slots__" in own:
             return False
         names = {name for name, value in own.items() if name in _OVERRIDES or (_is_dunder(name) and _is_called(value))}
@@ -239,7 +255,7 @@ class Proof:
 
     def _admits_function(self, function: FunctionType) -> bool:
         function = unbracketed(function)
-        if is_known(function) or function in self._seen:
+        if is_known(function) or function in self._seen or function in _methods:
             return True
         if (
             type(function) is not FunctionType
@@ -279,6 +295,22 @@ def _is_known(kind: type) -> bool:
     if where not in _LAYERS or (where.endswith((".container", ".module")) and kind not in _CONTAINERS):
         return False
     return vars(sys.modules[where]).get(kind.__name__) is kind
+
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def vouch(kind: _Class) -> _Class:
+    """Take a class of modules as one of torch's layers: somebody has read its methods, those of another library's class.
+
+    They change nothing but parameters and buffers, and call nothing but children, what is in attributes, and functions of their
+    library that do the same.
+    """
+    own = [unbracketed(value) for value in vars(kind).values() if isinstance(value, FunctionType)]
+    _methods.update(method for method in own if method.__globals__.get("__name__") == kind.__module__)
+    _vouched.add(kind)
+    _vouched_in.add(kind.__module__)
+    return kind
 
 
 def _space_of(owner: Any) -> tuple[Any, Any]:
@@ -339,7 +371,7 @@ def leaves_nothing(modules: Sequence[nn.Module], reach: Iterable[Any], facts: An
         _proofs[(*map(id, kinds),)] = proof
         if not proof.found:
             return False
-    return _carry_nothing(modules, proof.names)
+    return _carry_nothing(modules, proof)
 
 
 def _are_plain(reach: Iterable[Any], modules: Sequence[nn.Module], functions: list[FunctionType]) -> bool:
@@ -366,21 +398,26 @@ def _are_plain(reach: Iterable[Any], modules: Sequence[nn.Module], functions: li
     return True
 
 
-def _carry_nothing(modules: Sequence[nn.Module], names: set[str]) -> bool:
+def _carry_nothing(modules: Sequence[nn.Module], proof: Proof) -> bool:
     """Whether modules have no hooks and no forward of their own, and nothing in attributes of these names that can change."""
+    names, vouched = proof.names, proof.vouched
     for module in modules:
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return False
         if not names.isdisjoint(own) and not all(_is_fixed(own[name]) for name in names & own.keys()):
             return False
+        if vouched and not vouched.isdisjoint(own) and not all(_is_fixed(own[name], list) for name in vouched & own.keys()):
+            return False
     return not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
-def _is_fixed(value: Any) -> bool:
+def _is_fixed(value: Any, *containers: type) -> bool:
     kind = type(value)
-    if kind is tuple:
-        return all(map(_is_fixed, value))
+    if kind is tuple or kind in containers:
+        return all(_is_fixed(part, *containers) for part in value)
     if isinstance(value, StandIn):
         return value.below is None or _is_fixed(value.below)
+    if kind is FunctionType and value.__globals__.get("__name__") in _vouched_in:
+        return not value.__dict__ and all(type(cell.cell_contents) in _vouched for cell in value.__closure__ or ())
     return kind in PLAIN or is_known(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -24,8 +25,16 @@ __all__ = ["ADAPTER"]
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What comes behind the input, by name: some blocks take ``rev`` before ``jac``, some ``jac`` before ``rev``."""
-    names = list(inspect.signature(type(module).forward).parameters)[2:] if args else []
+    if not args:
+        return kwargs
+    forward = type(module).forward
+    names = _names.get(forward)
+    if names is None:
+        names = _names[forward] = [*inspect.signature(forward).parameters][2:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+_names: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()  # of what comes behind the input
 
 
 def _flip(module: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,5 +235,12 @@ ADAPTER = Adapter(
         Block("FrEIA.framework.reversible_sequential_net:ReversibleSequential", LEAVE, why="it is a SequenceINN"),
     ),
     own=("FrEIA.",),
+    quiet=(
+        "FrEIA.modules.base:InvertibleModule",
+        "FrEIA.modules.all_in_one_block:AllInOneBlock",
+        "FrEIA.modules.coupling_layers:_BaseCouplingBlock NICECouplingBlock RNVPCouplingBlock GLOWCouplingBlock GINCouplingBlock "
+        "AffineCouplingOneSided ConditionalAffineTransform",
+        "FrEIA.modules.fixed_transforms:PermuteRandom FixedLinearTransform",
+    ),
 )
 ADAPTER.install()

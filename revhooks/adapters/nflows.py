@@ -73,5 +73,14 @@ ADAPTER = Adapter(
         ),
         Block("nflows.transforms.standard:IdentityTransform", LEAVE, why="saves nothing"),
     ),
+    quiet=(
+        "nflows.transforms.base:Transform",
+        "nflows.transforms.coupling:CouplingTransform AffineCouplingTransform AdditiveCouplingTransform "
+        "PiecewiseCouplingTransform PiecewiseLinearCouplingTransform PiecewiseQuadraticCouplingTransform "
+        "PiecewiseCubicCouplingTransform PiecewiseRationalQuadraticCouplingTransform",
+        "nflows.transforms.permutations:Permutation RandomPermutation ReversePermutation",
+        "nflows.nn.nets.mlp:MLP",
+        "nflows.nn.nets.resnet:ResidualBlock ResidualNet ConvResidualBlock ConvResidualNet",
+    ),
 )
 ADAPTER.install()

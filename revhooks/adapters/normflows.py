@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..buffers import modules_of
 from .table import BOTH, LARGE, LEAVE, NEITHER, REPLAY, Adapter, Block
 
 __all__ = ["ADAPTER"]
@@ -16,7 +17,7 @@ __all__ = ["ADAPTER"]
 
 def _networks(block: nn.Module) -> Iterator[nn.Module]:
     """The networks of the affine couplings in a block."""
-    for module in block.modules():
+    for module in modules_of((block,)):
         network = module._modules.get("param_map")
         if network is not None:
             yield network
@@ -110,6 +111,19 @@ ADAPTER = Adapter(
             LEAVE,
             why="draws: no inverse",
         ),
+    ),
+    quiet=(
+        "normflows.flows.base:Flow Reverse",
+        "normflows.flows.affine.coupling:AffineConstFlow CCAffineConst AffineCoupling MaskedAffineFlow AffineCouplingBlock",
+        "normflows.flows.affine.glow:GlowBlock",
+        "normflows.flows.mixing:Permute Invertible1x1Conv InvertibleAffine",
+        "normflows.flows.neural_spline.coupling:Coupling PiecewiseCoupling PiecewiseRationalQuadraticCoupling",
+        "normflows.flows.normalization:ActNorm",
+        "normflows.flows.reshape:Split Merge Squeeze",
+        "normflows.nets.cnn:ConvNet2d",
+        "normflows.nets.mlp:MLP",
+        "normflows.nets.resnet:ResidualBlock ResidualNet",
+        "normflows.utils.nn:ConstScaleLayer ActNorm",
     ),
 )
 ADAPTER.install()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..quiet import vouch
 from ..registry import LARGE, Branches, Inverse, LogDet, Registration, add, counted
 
 __all__ = ["BOTH", "INVERT", "LARGE", "LEAVE", "NEITHER", "REPLAY", "Adapter", "Block", "alone"]
@@ -115,18 +116,23 @@ class Adapter:
         versions: of the library, that it was tested with.
         blocks: the lines.
         own: prefixes of modules whose classes are covered by lines of their own only, not as subclasses.
+        quiet: classes, networks among them, whose methods change nothing but parameters and buffers: nothing is noted before they
+            are run again (`revhooks.quiet.vouch`). As in `Block.classes`.
     """
 
     library: str
     versions: str
     blocks: tuple[Block, ...]
     own: tuple[str, ...] = ()
+    quiet: tuple[str, ...] = ()
     _waiting: list[Block] = field(init=False)
+    _unread: list[str] = field(init=False)  # classes that have not been vouched for yet
     _bases: list[tuple[type, Block]] = field(init=False, default_factory=list)
     _known: set[type] = field(init=False, default_factory=set)  # classes that have been looked at
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_waiting", list(self.blocks))
+        object.__setattr__(self, "_unread", list(self.quiet))
 
     def install(self) -> None:
         """Register the classes of modules that are imported by now, and new subclasses of those that stand for theirs.
@@ -138,6 +144,8 @@ class Adapter:
             for block in ready:
                 self._waiting.remove(block)
                 self._take(block)
+        if self._unread:
+            self._vouch()
         for base, block in self._bases:
             stack: list[type] = type.__subclasses__(base)
             while stack:
@@ -148,14 +156,26 @@ class Adapter:
                     if not cls.__module__.startswith(self.own):
                         block.register(cls, self.library)
 
+    def _vouch(self) -> None:
+        ready = [classes for classes in self._unread if classes.partition(":")[0] in sys.modules]
+        for classes in ready:
+            self._unread.remove(classes)
+            for cls in _classes(classes):
+                vouch(cls)
+
     def _take(self, block: Block) -> None:
-        found = (getattr(sys.modules[block.module], name, None) for name in block.names)
-        for cls in found:
-            if isinstance(cls, type):
-                self._known.add(cls)
-                if block.subclasses:
-                    self._bases.append((cls, block))
-                elif block.how != LEAVE or block.instead:
-                    block.register(cls, self.library)
-                else:
-                    block.count(cls)
+        for cls in _classes(block.classes):
+            self._known.add(cls)
+            if block.subclasses:
+                self._bases.append((cls, block))
+            elif block.how != LEAVE or block.instead:
+                block.register(cls, self.library)
+            else:
+                block.count(cls)
+
+
+def _classes(named: str) -> list[type]:
+    """The classes of one module that is imported: ``"library.module:One Two"``."""
+    module, _, names = named.partition(":")
+    found = (getattr(sys.modules[module], name, None) for name in names.split())
+    return [cls for cls in found if isinstance(cls, type)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..functional import Law
 from ..nn.coupling import Coupling, Step
+from ..quiet import vouch
 
 __all__ = ["Branch", "ChainTwin", "OtherOutputError", "is_bare", "twin_of", "unbracketed"]
 
@@ -72,6 +73,7 @@ class OtherOutputError(Exception):
     """A branch returned no tensor: the library's own code has to run."""
 
 
+@vouch
 class Branch(nn.Module):
     """A module as a branch of a twin, called as its library calls it.
 

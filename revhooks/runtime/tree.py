@@ -131,6 +131,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tree with every tensor replaced by ``function(tensor)``, called in order."""
+    if isinstance(tree, Tensor):
+        return function(tree)
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -22,6 +23,7 @@ from revhooks.nn import AdditiveCoupling, ReversibleSequential
 from revhooks.registry import entry_of
 from tests.adapted import TOLERANCE, assert_alike, compare, real, train
 from tests.conftest import Count
+from tests.devices import DEVICE
 
 memcnn = pytest.importorskip("memcnn", reason="memcnn is not installed")
 revlib = pytest.importorskip("revlib", reason="revlib is not installed")
@@ -458,6 +460,19 @@ def test_momentumnet_passes_arguments_and_what_does_not_invert() -> None:
 # -- PyTorch Geometric
 
 
+@functools.cache
+def digits() -> tuple[Tensor, Tensor, Tensor]:
+    """A graph of written digits, each with its four nearest: 16 features in [-1, 1], edges, labels."""
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    data = load_digits()
+    x = torch.from_numpy(data.images[:60]).reshape(60, 4, 2, 4, 2).mean((2, 4)).flatten(1) / 8 - 1
+    near = kneighbors_graph(x.numpy(), 4).tocoo()
+    edges = torch.stack([torch.from_numpy(ends).long() for ends in (near.row, near.col)])
+    return x.to(DEVICE), edges.to(DEVICE), torch.from_numpy(data.target[:60]).to(DEVICE)
+
+
 class Conv(nn.Module):
     """A graph convolution with a mask that its layers share."""
 
@@ -482,10 +497,11 @@ def test_grouped_reversible_graph_networks(groups: int, dtype: torch.dtype) -> N
         convs = [nn.ModuleList([Count(Conv(16 // groups)) for _ in range(groups)]) for _ in range(6)]
         return nn.ModuleList([rev_gnn.GroupAddRev(one, disable=disable) for one in convs]).to(dtype)
 
-    x, edges = torch.randn(40, 16, dtype=dtype), torch.randint(0, 40, (2, 120))
+    x, edges, _ = digits()
+    x = x.to(dtype)
 
     def loss(model: Any) -> Tensor:
-        mask = (torch.rand(40, 16) > 0.2).to(dtype) / 0.8
+        mask = (torch.rand(60, 16) > 0.2).to(dtype) / 0.8
         y = x * 1
         for layer in model:
             y = layer(y, edges, mask)
@@ -514,7 +530,7 @@ class Layer(nn.Module):
 class RevGNN(nn.Module):
     def __init__(self, *, disable: bool) -> None:
         super().__init__()
-        self.lin1, self.norm, self.lin2 = nn.Linear(8, 32), nn.LayerNorm(32), nn.Linear(32, 4)
+        self.lin1, self.norm, self.lin2 = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 10)
         self.convs = nn.ModuleList([rev_gnn.GroupAddRev(Layer(16), num_groups=2, disable=disable) for _ in range(8)])
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
@@ -528,10 +544,10 @@ class RevGNN(nn.Module):
 def test_the_example_of_pytorch_geometric() -> None:
     models = [RevGNN(disable=disable) for disable in (False, True)]
     models[1].load_state_dict(models[0].state_dict())
-    x, edges, labels = torch.randn(60, 8), torch.randint(0, 60, (2, 200)), torch.randint(0, 4, (60,))
+    x, edges, labels = digits()
 
     def loss(model: nn.Module) -> Tensor:
-        return nn.functional.cross_entropy(model(x, edges), labels)
+        return nn.functional.cross_entropy(model(x.float(), edges), labels)
 
     rev = train(models[0], loss, reverse=True)
     assert_alike(train(models[1], loss, reverse=False), rev, 1e-5)
@@ -541,7 +557,7 @@ def test_the_example_of_pytorch_geometric() -> None:
 
 
 def test_graph_networks_train_through_their_inverse_and_by_the_seed_alone() -> None:
-    x, edges = torch.randn(40, 16, dtype=torch.float64), torch.randint(0, 40, (2, 120))
+    x, edges, _ = digits()
     models = [rev_gnn.GroupAddRev(Count(Conv(8)).double(), num_groups=2, disable=disable) for disable in (False, True)]
     models[1].load_state_dict(models[0].state_dict())
 
@@ -555,7 +571,6 @@ def test_graph_networks_train_through_their_inverse_and_by_the_seed_alone() -> N
 
 # -- all of them
 
-EDGES = torch.tensor([[0, 1, 2], [1, 2, 0]])
 Case = tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Tensor], Tensor]]
 
 
@@ -574,9 +589,9 @@ def momentum_case() -> Case:
 
 
 def graph_case() -> Case:
-    model = rev_gnn.GroupAddRev(Conv(6), num_groups=2).double()
-    x = torch.randn(4, 12, dtype=torch.float64)
-    return model, x, lambda m, x: m(x * 1, EDGES).square().mean(), lambda m, x: m._forward(x, EDGES).square().mean()
+    model = rev_gnn.GroupAddRev(Conv(8), num_groups=2).double()
+    x, edges, _ = digits()
+    return model, x.clone(), lambda m, x: m(x * 1, edges).square().mean(), lambda m, x: m._forward(x, edges).square().mean()
 
 
 MODELS: dict[str, Callable[[], Case]] = {
@@ -700,7 +715,7 @@ def test_a_twin_goes_with_its_block(make: Callable[[], Any]) -> None:
         if isinstance(model, Owner):
             model.body(torch.randn(2, 8)).sum().backward()
         elif isinstance(model, rev_gnn.GroupAddRev):
-            model(torch.randn(4, 12, dtype=torch.float64), EDGES).sum().backward()
+            model(*digits()[:2]).sum().backward()
         else:
             x = images(torch.float64)
             model(x[:, :CHANNELS] if isinstance(model, momentumnet.MomentumNet) else x * 1).sum().backward()

@@ -406,9 +406,7 @@ def flows_by_hand() -> str:
         f"How much of it is ours: a backward written by hand for the Glow's block (one `torch.autograd.Function` that inverts it "
         f"and evaluates its network once, checks nothing and knows this block only; `bench/flows_by_hand.py`) takes {hand:.2f} "
         f"of plain's time, `torch.utils.checkpoint` of each block {regions:.2f}, `reversible()` {ours:.2f} in the same run. In "
-        f"the table's it took {other:.2f}: runs of this model differ by that much, "
-        "for plain's own step does: in some processes the allocator gives its memory back to the system after each backward, and "
-        "page faults take a sixth of the next step (28,000 of them; one thread), in others it does not. The other ways have none."
+        f"the table's it took {other:.2f}: runs of this model differ by that much."
     )
 
 
